@@ -72,7 +72,7 @@ class Address(NamedTuple):
         return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
 
 
-# --- API objects, as decoded -----------------------------------------------------------------
+# --- API objects, as decoded --------------------------------------------------------------------
 
 
 class SpecPort(Struct, frozen=True, gc=False):
@@ -159,7 +159,7 @@ ApiObject = Service | EndpointSlice | Node | ServiceCIDR
 Kind = Literal["Service", "EndpointSlice", "Node", "ServiceCIDR"]
 
 
-# --- what a source says ------------------------------------------------------------------------
+# --- what a source says -------------------------------------------------------------------------
 
 
 class Upsert(Struct, frozen=True):
@@ -186,7 +186,7 @@ class Replace(Struct, frozen=True):
 Change = Upsert | Remove | Replace
 
 
-# --- one family's view of a Service port ---------------------------------------------------------
+# --- one family's view of a Service port --------------------------------------------------------
 
 
 class ServicePort(Struct, frozen=True):
@@ -211,7 +211,7 @@ class ServicePort(Struct, frozen=True):
         return bool(self.node_port or self.external_ips or self.load_balancer_ips)
 
 
-# --- the plan --------------------------------------------------------------------------------------
+# --- the plan ---------------------------------------------------------------------------------
 
 
 class Frontend(NamedTuple):

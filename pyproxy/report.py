@@ -1,0 +1,25 @@
+"""What one sync did: all that health, metrics and the log ever learn about it."""
+
+from msgspec import Struct
+
+from pyproxy.model import Family
+
+
+class SyncReport(Struct, frozen=True):
+    """The outcome of one sync of one family. ``error`` of None means that it succeeded."""
+
+    mode: str
+    family: Family
+    full: bool
+    finished_at: float  # Unix seconds
+    seconds: float  # how long the sync took
+    owners: int = 0  # Service ports looked at
+    added: int = 0  # entries of the mode's state
+    changed: int = 0
+    removed: int = 0
+    conflicts: tuple[str, ...] = ()  # frontends that a second Service asked for
+    unserved: tuple[str, ...] = ()  # frontends that this node cannot serve, with the reason
+    no_local_internal: int = 0  # Service ports; see PortPlan
+    no_local_external: int = 0
+    triggered_at: tuple[float, ...] = ()  # Unix seconds; endpoint changes this sync carried out
+    error: str | None = None
