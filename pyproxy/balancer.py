@@ -1,0 +1,182 @@
+"""Endpoint selection: the hot path of the forwarder, once for every connection.
+
+What can be computed when a pool changes is: weighted round robin is expanded into one full smooth
+turn, and a pick is an index into it. Affinity remembers the backend's address, so that it
+survives an update that keeps the backend. One writer: the event loop.
+"""
+
+from collections.abc import Callable, Collection
+from functools import reduce
+from math import gcd
+from zlib import crc32
+
+from pyproxy.model import Address, Pool, Scheduler
+
+LONGEST_TURN = 1024  # picks; heavier weights are scaled down to it
+NOBODY: frozenset[Address] = frozenset()
+
+
+class Picker:
+    """Gives the connections of one owner their backends.
+
+    All pools of the owner share its affinity (kube-proxy: a client has one endpoint, whichever
+    address of the Service it uses) and its connection counts.
+    """
+
+    __slots__ = ("_affinity", "_choose", "_open", "_sweep_at", "_turns")
+
+    def __init__(self, choose: Callable[[int], int]) -> None:
+        """``choose(n)`` returns a random number below ``n``."""
+        self._choose = choose
+        self._turns: dict[int, Turn] = {}  # by identity: a pool is long to hash and to compare
+        self._affinity: dict[str, tuple[Address, float]] = {}
+        self._open: dict[Address, int] = {}
+        self._sweep_at = 1024
+
+    def use(self, pools: Collection[Pool]) -> None:
+        """Compute the turns of these pools, and forget all others.
+
+        A pool that equals an old one goes on where that was.
+        """
+        old = list(self._turns.values())
+        self._turns = {}
+        for pool in pools:
+            same = next((turn for turn in old if turn.pool == pool), None)
+            self._turns[id(pool)] = same.of(pool) if same else Turn(pool, self._choose)
+
+    def pick(
+        self, pool: Pool, client: str, now: float, avoid: Collection[Address] = NOBODY
+    ) -> Address:
+        """Return the backend for a connection of ``client``: one of the pool, which is in use.
+
+        A backend in ``avoid`` did not answer: another is given while there is one, and the
+        client's affinity moves to it.
+        """
+        turn = self._turns[id(pool)]
+        seconds = pool.affinity_seconds
+        if seconds is None:
+            return self._scheduled(turn, client, avoid)
+        known = self._affinity.get(client)
+        if (
+            known is not None
+            and now < known[1]
+            and known[0] in turn.members
+            and known[0] not in avoid
+        ):
+            address = known[0]
+        else:
+            address = self._scheduled(turn, client, avoid)
+        self._affinity[client] = (address, now + seconds)
+        if len(self._affinity) > self._sweep_at:
+            self._sweep(now)
+        return address
+
+    def opened(self, backend: Address) -> None:
+        """Count a connection that now exists; ``lc`` looks at the counts."""
+        self._open[backend] = self._open.get(backend, 0) + 1
+
+    def closed(self, backend: Address) -> None:
+        left = self._open.get(backend, 0) - 1
+        if left > 0:
+            self._open[backend] = left
+        else:
+            self._open.pop(backend, None)
+
+    def _scheduled(self, turn: "Turn", client: str, avoid: Collection[Address]) -> Address:
+        scheduler = turn.scheduler
+        if avoid:
+            return turn.another(avoid)
+        if scheduler == "random":
+            return turn.cycle[self._choose(len(turn.cycle))]
+        if scheduler == "sh":
+            return turn.cycle[crc32(client.encode()) % len(turn.cycle)]
+        if scheduler == "lc":
+            return self._least_connected(turn)
+        return turn.next()
+
+    def _least_connected(self, turn: "Turn") -> Address:
+        """Return the backend with the fewest connections for its weight; among equals, the next."""
+        count = self._open.get
+        turn.next()
+        ring = turn.pool.backends
+        start = turn.at % len(ring)
+        ordered = ring[start:] + ring[:start]
+        return min(ordered, key=lambda b: (count(b.address, 0) + 1) / b.weight).address
+
+    def _sweep(self, now: float) -> None:
+        self._affinity = {c: kept for c, kept in self._affinity.items() if now < kept[1]}
+        self._sweep_at = max(1024, 2 * len(self._affinity))
+
+
+class Turn:
+    """One full cycle of a pool, and where it is."""
+
+    __slots__ = ("at", "cycle", "members", "pool", "scheduler")
+
+    def __init__(self, pool: Pool, choose: Callable[[int], int]) -> None:
+        self.pool = pool
+        self.scheduler: Scheduler | None = pool.scheduler
+        self.cycle = turn_of(pool)
+        self.members = frozenset(self.cycle)
+        self.at = choose(len(self.cycle))  # nodes must not all begin with the same backend
+
+    def of(self, pool: Pool) -> "Turn":
+        """Return this turn as that of an equal pool."""
+        self.pool = pool
+        return self
+
+    def next(self) -> Address:
+        at = self.at
+        self.at = at + 1 if at + 1 < len(self.cycle) else 0
+        return self.cycle[at]
+
+    def another(self, avoid: Collection[Address]) -> Address:
+        """Return the next backend that is not in ``avoid``, or any if all are."""
+        for _ in self.cycle:
+            address = self.next()
+            if address not in avoid:
+                break
+        return address
+
+
+def turn_of(pool: Pool) -> tuple[Address, ...]:
+    """Return one cycle of a pool: each backend as often as its weight says, spread out.
+
+    ``rr`` gives every backend the same share, whatever its weight.
+    """
+    addresses = tuple(b.address for b in pool.backends)
+    if pool.scheduler == "rr":
+        return addresses
+    weights = scaled([b.weight for b in pool.backends])
+    return tuple(addresses[index] for index in smooth(weights))
+
+
+def scaled(weights: list[int]) -> list[int]:
+    """Return small weights in the same proportions, nearly so where the turn would be too long."""
+    divisor = reduce(gcd, weights)
+    reduced = [weight // divisor for weight in weights]
+    limit = max(LONGEST_TURN, len(weights))
+    if sum(reduced) <= limit:
+        return reduced
+    factor = limit / sum(reduced)
+    return [max(1, int(weight * factor)) for weight in reduced]
+
+
+def smooth(weights: list[int]) -> list[int]:
+    """Return the indices of one turn of smooth weighted round robin.
+
+    Each step raises every index by its weight, takes the highest and lowers it by the sum: heavy
+    ones come often, and never in a row longer than they must.
+    """
+    if max(weights) == 1:
+        return list(range(len(weights)))
+    total = sum(weights)
+    credit = [0] * len(weights)
+    turn = []
+    for _ in range(total):
+        for index, weight in enumerate(weights):
+            credit[index] += weight
+        best = max(range(len(weights)), key=credit.__getitem__)
+        credit[best] -= total
+        turn.append(best)
+    return turn

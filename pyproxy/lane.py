@@ -1,0 +1,95 @@
+"""One family's way from changes to its proxier: cache, planner, runner."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from msgspec import structs
+
+from pyproxy.cache import Cache, Owners
+from pyproxy.model import Change, Family, HealthPort, ObjectName
+from pyproxy.plan import Planner, Site
+from pyproxy.reconcile import Clock, Proxier
+from pyproxy.report import SyncReport
+from pyproxy.runner import Pace, Runner
+
+
+class Observer(Protocol):
+    """Who wants to know of syncs: health, metrics, the log."""
+
+    def requested(self, family: Family) -> None: ...
+    def synced(self, report: SyncReport) -> None: ...
+
+
+class Lane:
+    """Collects what changed, and has it planned and written when the runner says so.
+
+    Nothing is written before ``start``: a half-filled cache is not a cluster.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        cache: Cache,
+        pace: Pace,
+        clock: Clock,
+        observer: Observer,
+        on_success: Callable[[], object],
+    ) -> None:
+        self.family: Family = family
+        self._cache = cache
+        self._planner = Planner()
+        self._runner = Runner(pace, self._sync, clock.monotonic)
+        self._observer = observer
+        self._on_success = on_success
+        self._pending: Owners = set()
+        self._site: Site | None = None
+        self._proxier: Proxier | None = None
+
+    def change(self, change: Change) -> bool:
+        """Take in a change; say whether it concerns this family."""
+        owners = self._cache.apply(change)
+        self._pending |= owners
+        if owners:
+            self._request()
+        return bool(owners)
+
+    def move(self, site: Site) -> None:
+        """Take in that the node is elsewhere, or another address is its: plan everything anew."""
+        if site != self._site:
+            self._site = site
+            self._pending.update(self._cache.owners())
+            self._request()
+
+    def start(self, proxier: Proxier) -> None:
+        """Begin to write; the first sync is due at once."""
+        self._proxier = proxier
+        self._request()
+
+    async def run(self) -> None:
+        await self._runner.run()
+
+    def health_ports(self) -> dict[ObjectName, HealthPort]:
+        return self._planner.plan.health_ports()
+
+    def pending_count(self) -> int:
+        return len(self._pending)
+
+    def _request(self) -> None:
+        if self._proxier is not None:
+            self._observer.requested(self.family)
+            self._runner.request()
+
+    async def _sync(self, full: bool) -> bool:
+        """Plan what changed and write it; say whether nothing is left to be tried again."""
+        assert self._proxier is not None, "start comes first"
+        assert self._site is not None, "the site is known by then"
+        if full:
+            self._proxier.distrust()
+        pending, self._pending = self._pending, set()
+        triggered_at = self._cache.take_triggers()
+        changed = self._planner.update(pending, self._cache, self._site)
+        report = await self._proxier.sync(self._planner.plan, changed)
+        self._observer.synced(structs.replace(report, triggered_at=triggered_at))
+        if report.error is None:
+            self._on_success()
+        return report.error is None and not report.unserved

@@ -1,0 +1,63 @@
+"""The proxy modes. A mode is a module in this folder, and its name is the file's.
+
+A mode that is not chosen is never imported. Files that begin with ``_`` are shared parts.
+"""
+
+import asyncio
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pyproxy.config import Config
+from pyproxy.model import Family, Node, Proto
+from pyproxy.proxier._host import Host
+from pyproxy.reconcile import Clock, Proxier
+
+PREFERENCE = ("nftables", "iptables", "ipvs", "userspace")  # for ``auto``, best first
+
+
+@dataclass(frozen=True, slots=True)
+class Env:
+    """What a mode is built from, for one family."""
+
+    family: Family
+    config: Config
+    clock: Clock
+    tasks: asyncio.TaskGroup  # for what lives as long as the process
+    host: Host
+    node: Node | None
+    node_ips: tuple[str, ...]  # of the Node object, both families, the primary one first
+    observe: Callable[[Proto, str], None]  # a connection's result, for the metrics
+
+
+class Mode(Protocol):
+    """What a module in this folder defines."""
+
+    def unsupported(self) -> str | None:
+        """Say why this node cannot run the mode; None if it can."""
+        ...
+
+    def build(self, env: Env) -> Proxier:
+        """Return the proxier of one family. It opens nothing: the first sync does."""
+        ...
+
+
+def modes() -> tuple[str, ...]:
+    """Return the names of all modes there are, the preferred first."""
+    found = {m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")}
+    return tuple(name for name in PREFERENCE if name in found)
+
+
+def load(name: str) -> Mode:
+    """Import a mode. Raises ``KeyError`` when there is none of this name."""
+    if name not in modes():
+        raise KeyError(name)
+    mode: Mode = importlib.import_module(f"{__name__}.{name}")
+    return mode
+
+
+def best() -> str:
+    """Return the name of the first mode that this node supports."""
+    return next(name for name in modes() if load(name).unsupported() is None)

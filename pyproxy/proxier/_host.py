@@ -1,0 +1,109 @@
+"""The addresses of this node's interfaces, and a call when they change."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterable
+from ipaddress import ip_interface, ip_network
+
+from msgspec import Struct
+
+from pyproxy.model import Family, Network
+from pyproxy.proxier._netlink import NETLINK_ROUTE
+
+# Groups of multicast messages: links, addresses of both families; then routes of both.
+GROUPS = 0x1 | 0x10 | 0x100
+ROUTE_GROUPS = 0x40 | 0x400
+SETTLE_SECONDS = 0.2
+MAIN_TABLE = 254
+LOOPBACK: dict[Family, Network] = {4: ip_network("127.0.0.0/8"), 6: ip_network("::1/128")}
+
+
+class Snapshot(Struct, frozen=True):
+    """What the node's interfaces are called, and which addresses and networks they lead to."""
+
+    addresses: frozenset[tuple[str, str]] = frozenset()  # interface, address/prefix length
+    routes: frozenset[tuple[str, str]] = frozenset()  # interface, network reached without gateway
+
+    def ips(self, family: Family) -> frozenset[str]:
+        """Return the node's own addresses of a family, loopback included."""
+        found = (ip_interface(text).ip for _interface, text in self.addresses)
+        return frozenset(str(ip) for ip in found if ip.version == family)
+
+    def networks(self, family: Family, matches: Callable[[str], bool]) -> tuple[Network, ...]:
+        """Return the networks that interfaces whose name matches lead to."""
+        texts = {text for name, text in self.addresses | self.routes if matches(name)}
+        nets = {ip_interface(text).network for text in texts}
+        return tuple(sorted((n for n in nets if n.version == family), key=str))
+
+
+class Host:
+    """Keeps a snapshot of this network namespace, and tells listeners when it changes."""
+
+    def __init__(self, *, with_routes: bool = False) -> None:
+        self._with_routes = with_routes
+        self._listeners: list[Callable[[], None]] = []
+        self.snapshot = Snapshot()
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        self._listeners.append(listener)
+
+    async def read(self) -> None:
+        """Take a new snapshot; tell the listeners if it is another."""
+        fresh = await asyncio.to_thread(snapshot, with_routes=self._with_routes)
+        if fresh != self.snapshot:
+            self.snapshot = fresh
+            for listener in self._listeners:
+                listener()
+
+    async def follow(self) -> None:
+        """Read again, for ever, when the kernel says that something changed."""
+        loop = asyncio.get_running_loop()
+        groups = GROUPS | (ROUTE_GROUPS if self._with_routes else 0)
+        changed = asyncio.Event()
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE) as events:
+            events.bind((0, groups))
+            events.setblocking(False)
+            loop.add_reader(events.fileno(), drain, events, changed)
+            try:
+                while True:
+                    await self.read()
+                    await changed.wait()
+                    await asyncio.sleep(SETTLE_SECONDS)
+                    changed.clear()
+            finally:
+                loop.remove_reader(events.fileno())
+
+
+def drain(events: socket.socket, changed: asyncio.Event) -> None:
+    """Empty the socket: that something happened is all we want to know."""
+    changed.set()
+    try:
+        while events.recv(1 << 16):
+            pass
+    except BlockingIOError:
+        pass
+    except OSError:  # more events than the socket holds
+        pass
+
+
+def snapshot(*, with_routes: bool) -> Snapshot:
+    """Read the interfaces through pyroute2; it blocks, and brings its own event loop."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as ip:
+        names = {link["index"]: link.get("ifname") for link in ip.get_links()}
+        addresses = frozenset(
+            (names.get(a["index"], ""), f"{a.get('local') or a.get('address')}/{a['prefixlen']}")
+            for a in ip.get_addr()
+        )
+        routes = frozenset(reached(ip.get_routes(table=MAIN_TABLE), names)) if with_routes else ()
+    return Snapshot(addresses, frozenset(routes))
+
+
+def reached(routes: Iterable[dict[str, object]], names: dict[int, str]) -> set[tuple[str, str]]:
+    found = set()
+    for route in routes:
+        interface, to = route.get("oif"), route.get("dst")
+        if isinstance(interface, int) and to and not route.get("gateway"):
+            found.add((names.get(interface, ""), f"{to}/{route['dst_len']}"))
+    return found

@@ -1,0 +1,95 @@
+"""Opens the sockets that frontends listen on."""
+
+import ctypes
+import errno
+import socket
+import struct
+from contextlib import suppress
+
+from pyproxy.model import Proto
+from pyproxy.rules.guard import Program
+
+IP_FREEBIND = 15
+IPV6_FREEBIND = 78
+IP_PKTINFO = 8
+SO_ATTACH_FILTER = 26
+SO_DETACH_FILTER = 27
+BACKLOG = 4096
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def listening(
+    ip: str, port: int, proto: Proto, guard: Program | None = None, *, wildcard: bool
+) -> socket.socket:
+    """Return a non-blocking socket for a frontend, guarded from the start. Raises ``OSError``.
+
+    SO_REUSEPORT lets the wildcard socket of a node port stand beside the socket of a Service
+    address with the same port; a socket of another program without it still shuts us out.
+    IP_FREEBIND lets us listen before the address is local, so that it is never local without.
+    """
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    kind = socket.SOCK_STREAM if proto == "TCP" else socket.SOCK_DGRAM
+    sock = socket.socket(family, kind)
+    try:
+        sock.setblocking(False)
+        if proto == "TCP":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+        if proto == "UDP" and wildcard:
+            ask_for_local_address(sock)
+        if guard is not None:
+            attach_guard(sock, guard)
+        sock.bind((ip, port))
+        if proto == "TCP":
+            sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def ask_for_local_address(sock: socket.socket) -> None:
+    """Let each datagram tell the address it was sent to: replies must come from there."""
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+
+
+def attach_guard(sock: socket.socket, program: Program) -> None:
+    """Drop, unanswered, what the program drops. It replaces the program of the last call."""
+    packed = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(packed, len(packed))
+    filter_program = struct.pack("@HP", len(program), ctypes.addressof(buffer))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filter_program)
+
+
+def detach_guard(sock: socket.socket) -> None:
+    with suppress(FileNotFoundError):  # it has none
+        sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a TCP socket so that the other side sees a reset."""
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+    sock.close()
+
+
+def why_not(error: OSError, port: int) -> str:
+    """Say what a failed bind or listen means to the operator."""
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"port {port} is taken by another program on this node"
+        case errno.EACCES:
+            return f"port {port} is privileged: run as root, or with CAP_NET_BIND_SERVICE"
+        case code if code in EXHAUSTED:
+            return f"out of file descriptors or memory ({error.strerror}): raise the limit"
+        case _:
+            return str(error.strerror)

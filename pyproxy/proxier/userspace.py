@@ -1,0 +1,238 @@
+"""Proxy mode ``userspace``: sockets of this process carry the traffic.
+
+It needs no packet filter and no NAT: Service addresses are made local to the node by routes, and
+each frontend is a listening socket. The kernel keeps silent for it, by socket filters.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from ipaddress import ip_address
+
+from pyproxy.balancer import Picker
+from pyproxy.config import local_cidr, node_port_cidrs
+from pyproxy.delta import Delta
+from pyproxy.model import Forward, Frontend, Network, Pool, ServicePortName
+from pyproxy.proxier import Env
+from pyproxy.proxier._fronts import Fronts
+from pyproxy.proxier._host import LOOPBACK
+from pyproxy.proxier._tcp import TcpRelay
+from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
+from pyproxy.proxier._unclaimed import Unclaimed, Unsupported
+from pyproxy.proxier._vips import Vips
+from pyproxy.reconcile import ApplyError, Proxier, Reconciler
+from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, vips
+
+OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
+DRAIN_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+def unsupported() -> str | None:
+    return None
+
+
+def build(env: Env) -> Proxier:
+    target = Frontends(env)
+    return Reconciler("userspace", env.family, compile_owner, target, env.clock)
+
+
+class Frontends:
+    """The listening sockets of one family and the local routes that lead to them."""
+
+    def __init__(self, env: Env) -> None:
+        self._env = env
+        self._around = Surroundings()
+        conntrack = env.config.conntrack
+        defaults = IdleTimeouts()
+        timeouts = IdleTimeouts(
+            conntrack.udp_timeout_seconds or defaults.unreplied,
+            conntrack.udp_stream_timeout_seconds or defaults.replied,
+        )
+        observe = env.observe
+        self._tcp = TcpRelay(env.tasks, self._surroundings, partial(observe, "TCP"))
+        self._udp = UdpRelay(self._surroundings, timeouts, partial(observe, "UDP"))
+        self._fronts = Fronts(env.family, self._tcp, self._udp)
+        self._pickers: dict[ServicePortName, Picker] = {}
+        self._local: set[str] = set()  # addresses with a route of ours
+        self._vips: Vips | None = None
+        self._unclaimed: Unclaimed | None = None
+        env.host.on_change(self._look_around)
+
+    async def adopt(self) -> Mapping[Frontend, Listener]:
+        """Return what listens; and see which local routes there are, from whomever."""
+        if self._vips is None:
+            await self._env.host.read()
+            self._look_around()
+            self._vips = Vips(self._env.family, self._source())
+            self._unclaimed = self._silencer()
+        try:
+            self._local = self._vips.listed()
+        except OSError as error:
+            raise ApplyError(f"cannot list local routes: {error.strerror}") from error
+        return self._fronts.listeners()
+
+    async def apply(self, delta: Delta[Frontend, Listener]) -> Mapping[Frontend, str]:
+        """Open before routing to it, and route elsewhere before closing."""
+        changed = dict(delta.added) | {f: new for f, (_old, new) in delta.changed.items()}
+        refused: dict[Frontend, str] = {}
+        by_owner: dict[ServicePortName, dict[Frontend, Listener]] = {}
+        for frontend, listener in changed.items():
+            by_owner.setdefault(listener.owner, {})[frontend] = listener
+        for count, (owner, listeners) in enumerate(by_owner.items(), 1):
+            refused |= self._serve(owner, listeners)
+            if count % OPENED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        wanted = vips(self._fronts.held() - delta.removed.keys())
+        refused |= self._make_local(wanted)
+        self._unroute(self._local - wanted)
+        self._close(delta.removed)
+        return refused
+
+    async def clear(self) -> None:
+        """Remove the local routes, also those of an earlier process."""
+        routes = Vips(self._env.family, None)
+        routes.remove(routes.listed())
+        routes.close()
+        self._local.clear()
+
+    async def aclose(self) -> None:
+        """Stop listening, give open connections a moment, and let go of the rest."""
+        self._close(self._fronts.listeners())
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await self._tcp.drained()
+        except TimeoutError:
+            log.info("closing connections", extra={"open": self._tcp.open_count})
+        self._tcp.close_all()
+        self._udp.close_all()
+        if self._vips is not None:
+            self._vips.close()
+        if self._unclaimed is not None:
+            self._unclaimed.close()
+
+    def _serve(
+        self, owner: ServicePortName, listeners: dict[Frontend, Listener]
+    ) -> dict[Frontend, str]:
+        """Bring the frontends of one owner up to date; return those that cannot be opened.
+
+        Nothing waits in here: a connection sees the pools of before, or those of after.
+        """
+        picker = self._pickers.get(owner) or Picker(random.randrange)
+        self._pickers[owner] = picker
+        picker.use(pools(self._fronts.of(owner) | listeners))
+        refused = {}
+        for frontend, listener in listeners.items():
+            problem = self._fronts.put(frontend, listener, picker)
+            if problem is not None:
+                refused[frontend] = f"{owner}: {frontend}: {problem}"
+            elif frontend.ip and self._unclaimed is not None:
+                self._unclaimed.claim(frontend)
+        return refused
+
+    def _make_local(self, wanted: set[str]) -> dict[Frontend, str]:
+        """Route the addresses to this node; close and return the frontends of those that fail."""
+        own = self._around.node_ips
+        missing = {ip for ip in wanted - self._local if ip not in own and not is_loopback(ip)}
+        assert self._vips is not None, "adopt comes before apply"
+        failed = self._vips.add(missing)
+        for ip in missing - failed.keys():
+            self._local.add(ip)
+            if self._unclaimed is not None:
+                self._unclaimed.watch(ip)
+        lost = {f: failed[f.ip] for f in self._fronts.held() if f.ip in failed} if failed else {}
+        owners = {frontend: self._fronts.listener(frontend).owner for frontend in lost}
+        self._close(lost)
+        return {
+            frontend: f"{owners[frontend]}: {frontend}: {why}" for frontend, why in lost.items()
+        }
+
+    def _unroute(self, ips: set[str]) -> None:
+        if not ips:
+            return
+        assert self._vips is not None, "adopt comes before apply"
+        self._vips.remove(ips)
+        self._local -= ips
+        if self._unclaimed is not None:
+            for ip in ips:
+                self._unclaimed.unwatch(ip)
+
+    def _close(self, frontends: Iterable[Frontend]) -> None:
+        for frontend in frontends:
+            owner = self._fronts.close(frontend)
+            if owner is not None and not self._fronts.of(owner):
+                self._pickers.pop(owner, None)
+            if frontend.ip and self._unclaimed is not None:
+                self._unclaimed.release(frontend)
+
+    def _surroundings(self) -> Surroundings:
+        return self._around
+
+    def _look_around(self) -> None:
+        """See anew which addresses are the node's, and what depends on it."""
+        env, seen = self._env, self._env.host.snapshot
+        ips = seen.ips(env.family)
+        self._around = Surroundings(ips, self._pods(), (LOOPBACK[env.family],))
+        ranges = node_port_cidrs(env.config, env.family, env.node_ips)
+        serving = None if ranges is None else sorted(ip for ip in ips if in_any(ip, ranges))
+        if ranges is None and not env.config.iptables.localhost_node_ports:
+            serving = sorted(ip for ip in ips if not is_loopback(ip))
+        self._fronts.surround(self._around, serving)
+
+    def _pods(self) -> tuple[Network, ...]:
+        """Return the networks of local pods, however they are recognised."""
+        env, detect = self._env, self._env.config.detect_local
+        matches: Callable[[str], bool]
+        match env.config.detect_local_mode:
+            case "BridgeInterface":
+                matches = detect.bridge_interface.__eq__
+            case "InterfaceNamePrefix":
+                matches = partial(has_prefix, detect.interface_name_prefix)
+            case _:
+                cidr = local_cidr(env.config, env.family, env.node)
+                return (cidr,) if cidr is not None else ()
+        return env.host.snapshot.networks(env.family, matches)
+
+    def _source(self) -> str | None:
+        """Return the address that the node's own connections to Services shall come from."""
+        own = self._around.node_ips
+        preferred = [ip for ip in self._env.node_ips if ip in own]
+        others = sorted(ip for ip in own if not is_loopback(ip) and not ip.startswith("fe80:"))
+        return next(iter(preferred + others), None)
+
+    def _silencer(self) -> Unclaimed | None:
+        try:
+            return Unclaimed(self._env.family)
+        except Unsupported as why:
+            log.info(
+                "undefined ports of Service addresses will refuse instead of staying silent",
+                extra={"family": self._env.family, "reason": str(why)},
+            )
+            return None
+
+
+def pools(listeners: Mapping[Frontend, Listener]) -> list[Pool]:
+    """Return the pools of these listeners, each once."""
+    found: dict[int, Pool] = {}
+    for listener in listeners.values():
+        route = listener.route
+        for action in (route.from_pod, route.from_node, route.from_outside):
+            if isinstance(action, Forward):
+                found[id(action.pool)] = action.pool
+    return list(found.values())
+
+
+def is_loopback(ip: str) -> bool:
+    return ip.startswith("127.") or ip == "::1"
+
+
+def has_prefix(prefix: str, name: str) -> bool:
+    return name.startswith(prefix)
+
+
+def in_any(ip: str, networks: Iterable[Network]) -> bool:
+    address = ip_address(ip)
+    return any(address in network for network in networks)

@@ -1,0 +1,157 @@
+"""Keep one target equal to the plan: the loop that every mode shares."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Generic, Protocol, TypeVar
+
+from pyproxy.cache import Owners
+from pyproxy.delta import Delta, diff, merge
+from pyproxy.model import Family, PortPlan, ServicePortName
+from pyproxy.plan import Plan
+from pyproxy.report import SyncReport
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+CompileOwner = Callable[[PortPlan], Mapping[K, V]]
+
+
+class ApplyError(Exception):
+    """The target refused or lost a write; what it now contains is unknown."""
+
+
+class Clock(Protocol):
+    """Time, in seconds: of a steady clock, and of the calendar."""
+
+    def monotonic(self) -> float: ...
+    def unix(self) -> float: ...
+
+
+class Target(Protocol[K, V]):
+    """Where a mode writes. A fake of it is a dictionary."""
+
+    async def adopt(self) -> Mapping[K, V]:
+        """Return what it holds now, in terms of the mode's state; also an earlier process's."""
+        ...
+
+    async def apply(self, delta: Delta[K, V]) -> Mapping[K, str]:
+        """Make the change; return, with the reason, the keys that could not be made so.
+
+        It comes after each ``adopt``, even where nothing differs.
+
+        A key that is refused is absent afterwards, whatever it was before. Raises ``ApplyError``
+        when nothing certain is known.
+        """
+        ...
+
+    async def clear(self) -> None:
+        """Remove every trace, also an earlier process's."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release sockets and handles; leave in the kernel what carries traffic."""
+        ...
+
+
+class Proxier(Protocol):
+    """What carries a plan out for one mode and one family."""
+
+    async def sync(self, plan: Plan, changed: Owners) -> SyncReport: ...
+    def distrust(self) -> None: ...
+    async def clear(self) -> None: ...
+    async def aclose(self) -> None: ...
+
+
+class Reconciler(Generic[K, V]):
+    """A ``Proxier`` made of one pure function and one target.
+
+    It writes the difference to what it last wrote. When a write fails, what the target holds is
+    unknown, and the next sync asks it and looks at every owner: no other repair exists. What the
+    target refuses is tried again at every sync of its owner and at every retry.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        family: Family,
+        compile_owner: CompileOwner[K, V],
+        target: Target[K, V],
+        clock: Clock,
+    ) -> None:
+        self._mode = mode
+        self._family = family
+        self._compile = compile_owner
+        self._target = target
+        self._clock = clock
+        self._written: dict[ServicePortName, Mapping[K, V]] | None = None
+        self._refused: dict[ServicePortName, dict[K, str]] = {}
+
+    async def sync(self, plan: Plan, changed: Owners) -> SyncReport:
+        """Make the target equal to the plan, of which ``changed`` is all that may differ."""
+        started = self._clock.monotonic()
+        written, self._written = self._written, None  # unknown until the write succeeds
+        full = written is None
+        error = None
+        delta: Delta[K, V] = Delta({}, {}, {})
+        owners: Iterable[ServicePortName] = plan.ports if full else changed | self._refused.keys()
+        wanted = {owner: self._compiled(plan, owner) for owner in owners}
+        try:
+            if written is None:
+                held = await self._target.adopt()
+                delta = diff(held, {k: v for state in wanted.values() for k, v in state.items()})
+                written = {}
+            else:
+                delta = merge(diff(written.get(o, {}), state) for o, state in wanted.items())
+            refused = await self._target.apply(delta) if delta or full else {}
+        except ApplyError as failure:
+            error = str(failure)
+        else:
+            self._remember(written, wanted, refused)
+        return SyncReport(
+            mode=self._mode,
+            family=self._family,
+            full=full,
+            finished_at=self._clock.unix(),
+            seconds=self._clock.monotonic() - started,
+            owners=len(wanted),
+            added=len(delta.added),
+            changed=len(delta.changed),
+            removed=len(delta.removed),
+            conflicts=tuple(line for lines in plan.conflicts.values() for line in lines),
+            unserved=tuple(why for whys in self._refused.values() for why in whys.values()),
+            no_local_internal=len(plan.without_local_internal),
+            no_local_external=len(plan.without_local_external),
+            error=error,
+        )
+
+    def distrust(self) -> None:
+        """Let the next sync compare everything with what the target really holds."""
+        self._written = None
+
+    async def clear(self) -> None:
+        self._written = None
+        await self._target.clear()
+
+    async def aclose(self) -> None:
+        await self._target.aclose()
+
+    def _compiled(self, plan: Plan, owner: ServicePortName) -> Mapping[K, V]:
+        port = plan.ports.get(owner)
+        return self._compile(port) if port is not None else {}
+
+    def _remember(
+        self,
+        written: dict[ServicePortName, Mapping[K, V]],
+        wanted: dict[ServicePortName, Mapping[K, V]],
+        refused: Mapping[K, str],
+    ) -> None:
+        for owner, state in wanted.items():
+            self._refused.pop(owner, None)
+            lost = {key: refused[key] for key in state if key in refused} if refused else {}
+            if lost:
+                self._refused[owner] = lost
+                state = {key: value for key, value in state.items() if key not in lost}
+            if state:
+                written[owner] = state
+            else:
+                written.pop(owner, None)
+        self._written = written

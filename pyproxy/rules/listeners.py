@@ -1,0 +1,99 @@
+"""The frontends of the userspace mode: which of them listen, and to whom."""
+
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
+from typing import Literal
+
+from msgspec import Struct
+
+from pyproxy.model import (
+    Action,
+    Address,
+    Drop,
+    Forward,
+    Frontend,
+    Network,
+    PortPlan,
+    Reject,
+    Route,
+    ServicePortName,
+)
+
+Origin = Literal["pod", "node", "outside"]
+Stance = Literal["serve", "refuse", "silent"]
+
+
+class Listener(Struct, frozen=True):
+    """What stands behind a frontend."""
+
+    owner: ServicePortName
+    route: Route
+    serving: frozenset[Address] = frozenset()  # UDP: backends that flows may stay with
+
+
+class Surroundings(Struct, frozen=True):
+    """Where connections come from, as far as this node can tell by their source address."""
+
+    node_ips: frozenset[str] = frozenset()
+    pods: tuple[Network, ...] = ()
+    loopback: tuple[Network, ...] = ()
+
+
+def compile_owner(port: PortPlan) -> Mapping[Frontend, Listener]:
+    """Return the listeners of one owner. SCTP needs a kernel mode, and gets none."""
+    if port.owner.proto == "SCTP":
+        return {}
+    return {route.frontend: Listener(port.owner, route, port.serving) for route in port.routes}
+
+
+def stance(route: Route) -> Stance:
+    """Say what a frontend does as a whole.
+
+    A frontend that refuses has no socket: the kernel answers with a reset or with port
+    unreachable. One that is silent has a socket that admits nobody.
+    """
+    actions = (route.from_pod, route.from_node, route.from_outside)
+    if any(isinstance(action, Forward) for action in actions):
+        return "serve"
+    return "refuse" if any(isinstance(action, Reject) for action in actions) else "silent"
+
+
+def origin_of(ip: str, around: Surroundings) -> Origin:
+    if ip in around.node_ips:
+        return "node"
+    address = ip_address(ip)
+    if any(address in network for network in around.loopback):
+        return "node"
+    return "pod" if any(address in network for network in around.pods) else "outside"
+
+
+def action_for(route: Route, ip: str, around: Surroundings) -> Action:
+    """Return what becomes of a connection from ``ip``.
+
+    Sources that are not allowed are dropped, whatever their origin. Where the origin makes no
+    difference it is not looked at.
+    """
+    if route.allowed_sources is not None:
+        address = ip_address(ip)
+        if not any(address in network for network in route.allowed_sources):
+            return Drop()
+    if route.from_pod is route.from_outside and route.from_node is route.from_outside:
+        return route.from_outside
+    match origin_of(ip, around):
+        case "pod":
+            return route.from_pod
+        case "node":
+            return route.from_node
+        case "outside":
+            return route.from_outside
+
+
+def needs_guard(route: Route) -> bool:
+    """Say whether some sources must meet silence, which only the kernel can give them."""
+    actions = (route.from_pod, route.from_node, route.from_outside)
+    return route.allowed_sources is not None or any(isinstance(a, Drop) for a in actions)
+
+
+def vips(frontends: Iterable[Frontend]) -> set[str]:
+    """Return the addresses that must be local to the node; node ports have none of their own."""
+    return {frontend.ip for frontend in frontends if frontend.ip}

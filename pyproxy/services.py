@@ -1,0 +1,54 @@
+"""The ports of a Service as one family sees them."""
+
+from pyproxy.model import Family, Network, Service, ServicePort, ServicePortName, family_of
+
+
+def service_ports(
+    service: Service, family: Family, *, allow_external_ips: bool = True
+) -> tuple[ServicePort, ...]:
+    """Return what a proxier of ``family`` must serve for ``service``, in the order of its ports.
+
+    Empty for headless Services, for ExternalName, and for a Service without a cluster IP of the
+    family. ``allow_external_ips`` is the feature gate AllowServiceExternalIPs.
+    """
+    cluster_ip = service.cluster_ip4 if family == 4 else service.cluster_ip6
+    if cluster_ip is None or service.type == "ExternalName":
+        return ()
+    external_local = service.external_local and is_exposed(service)
+    external_ips = of_family(service.external_ips, family) if allow_external_ips else ()
+    load_balancer_ips = of_family(service.load_balancer_ips, family)
+    source_ranges = ranges_of_family(service.source_ranges, family)
+    health = service.health_check_node_port if service.type == "LoadBalancer" else 0
+    return tuple(
+        ServicePort(
+            name=ServicePortName(*service.name, port.name, port.proto),
+            cluster_ip=cluster_ip,
+            port=port.port,
+            node_port=port.node_port,
+            external_ips=external_ips,
+            load_balancer_ips=load_balancer_ips,
+            source_ranges=source_ranges,
+            affinity_seconds=service.affinity_seconds,
+            internal_local=service.internal_local,
+            external_local=external_local,
+            health_check_node_port=health if external_local else 0,
+            scheduler=service.scheduler,
+            weights=service.weights,
+        )
+        for port in service.ports
+    )
+
+
+def is_exposed(service: Service) -> bool:
+    """Say whether the external traffic policy counts: it is ignored for internal Services."""
+    return service.type in ("LoadBalancer", "NodePort") or bool(service.external_ips)
+
+
+def of_family(ips: tuple[str, ...], family: Family) -> tuple[str, ...]:
+    return tuple(ip for ip in ips if family_of(ip) == family) if ips else ()
+
+
+def ranges_of_family(ranges: tuple[Network, ...], family: Family) -> tuple[Network, ...]:
+    """Return the ranges of a family; one that covers everything makes the others pointless."""
+    own = tuple(network for network in ranges if network.version == family)
+    return () if any(network.prefixlen == 0 for network in own) else own
