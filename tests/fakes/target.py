@@ -1,0 +1,33 @@
+"""A target that is a dictionary, refuses what it is told to, and fails when asked."""
+
+from pyproxy.delta import patch
+from pyproxy.reconcile import ApplyError
+
+
+class FakeTarget:
+    def __init__(self, holds=()):
+        self.holds = dict(holds)
+        self.refuses = set()
+        self.fail_next = 0  # how many writes to lose; what is held is anything after one
+        self.writes = []
+
+    async def adopt(self):
+        return dict(self.holds)
+
+    async def apply(self, delta):
+        if self.fail_next:
+            self.fail_next -= 1
+            half = dict(list(delta.added.items())[: len(delta.added) // 2])
+            self.holds = {**self.holds, **half}
+            raise ApplyError("the kernel said no")
+        self.writes.append(delta)
+        refused = {key: f"{key} is not to be had" for key in self.refuses & patch({}, delta).keys()}
+        wanted = patch(self.holds, delta)
+        self.holds = {key: value for key, value in wanted.items() if key not in refused}
+        return refused
+
+    async def clear(self):
+        self.holds = {}
+
+    async def aclose(self):
+        pass
