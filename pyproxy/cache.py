@@ -75,7 +75,8 @@ class Cache:
         """Return the endpoints of all slices, one for each address, by their printed address.
 
         Where slices disagree on an address, one that is not terminating wins (kube-proxy: a pod
-        may leave one slice and join another while both name it).
+        may leave one slice and join another while both name it); after that, the better one, and
+        the slice with the first name, so that the order of events decides nothing.
         """
         slices = self._slices.get(owner.service_name)
         if not slices:
@@ -85,10 +86,12 @@ class Cache:
             (only,) = slices.values()
             listed: Iterable[Endpoint] = only.endpoints.get(key, ())
         else:
-            listed = (e for part in slices.values() for e in part.endpoints.get(key, ()))
+            parts = (slices[name] for name in sorted(slices))
+            listed = (e for part in parts for e in part.endpoints.get(key, ()))
         merged: dict[Address, Endpoint] = {}
         for endpoint in listed:
-            if endpoint.address not in merged or not endpoint.terminating:
+            known = merged.get(endpoint.address)
+            if known is None or liveliness(endpoint) > liveliness(known):
                 merged[endpoint.address] = endpoint
         return tuple(merged[address] for address in sorted(merged, key=str))
 
@@ -156,3 +159,7 @@ class Cache:
 
     def _names(self, kind: Kind) -> tuple[ObjectName, ...]:
         return tuple(self._ports if kind == "Service" else self._service_of_slice)
+
+
+def liveliness(endpoint: Endpoint) -> tuple[bool, bool, bool]:
+    return not endpoint.terminating, endpoint.ready, endpoint.serving
