@@ -1,0 +1,37 @@
+"""A network namespace to break things in: these tests refuse to run in the host's own."""
+
+import os
+import subprocess
+
+import pytest
+
+ADDRESSES = ("192.0.2.11/32", "192.0.2.12/32", "198.51.100.50/32", "10.244.1.10/32")
+ADDRESSES6 = ("fd00:c0de::11/128", "fd00:5e::50/128", "fd00:10:244::10/128")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "/netns/" in str(item.path):
+            item.fixturenames.insert(0, "namespace")
+
+
+def in_host_namespace():
+    try:
+        return os.readlink("/proc/self/ns/net") == os.readlink("/proc/1/ns/net")
+    except PermissionError:  # as root of a user namespace: the host's process 1 is not ours to see
+        return False
+
+
+@pytest.fixture(scope="session")
+def namespace():
+    """Addresses of the node, of a stranger and of a pod, all on lo of a namespace of our own."""
+    if in_host_namespace():
+        reason = "run it as: unshare --net --map-root-user pytest tests/netns (make netns does)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    lines = ["link set lo up", *(f"addr replace {a} dev lo" for a in ADDRESSES)]
+    lines += [f"addr replace {a} dev lo nodad" for a in ADDRESSES6]
+    batch = subprocess.Popen(["ip", "-batch", "-"], stdin=subprocess.PIPE, text=True)
+    batch.communicate("\n".join(lines))
+    assert batch.returncode == 0
