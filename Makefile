@@ -1,0 +1,69 @@
+# Everything a checkout needs. `make help` lists what there is.
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+MODE ?= userspace
+KIT ?= ../shared/conformance
+# Tools of the tests and of the demo, and the Debian packages that have them.
+TOOLS := ip:iproute2 unshare:util-linux
+KIT_TOOLS := nft:nftables iptables:iptables conntrack:conntrack
+
+.PHONY: help setup demo test check format netns conformance bench clean
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+
+setup: $(VENV)/ready  ## virtual environment and Debian packages
+	@$(call need,$(TOOLS))
+
+demo: setup  ## see Services work, in a small cluster of network namespaces: a minute, no cluster
+	$(BIN)/pyproxy demo
+
+test: setup check netns  ## everything: format, lint, types, imports, all tests
+
+check: $(VENV)/ready  ## the fast part of the tests: no root, no namespaces
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q -n auto tests --ignore=tests/netns
+
+netns: setup  ## the tests on the real kernel, in namespaces of their own
+	$(call isolated,$(BIN)/pytest -q tests/netns)
+
+conformance: setup  ## the black-box kit, for one mode: make conformance MODE=userspace
+	@$(call need,$(KIT_TOOLS))
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(KIT)/conformance run --mode $(MODE) --proxy 'pyproxy --config={config}'
+
+bench: $(VENV)/ready  ## figures, as ratios to something measured in the same run
+	for file in bench/[a-z]*.py; do $(BIN)/python $$file; done
+
+format: $(VENV)/ready  ## put the code into its form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what make made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/ready: requirements-dev.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is missing: apt-get install python3 python3-venv' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call install,python3-venv); }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# need TOOL:PACKAGE...: install the packages whose tool is missing, or say which they are.
+need = missing=; for pair in $(1); do PATH="$$PATH:/usr/sbin:/sbin" command -v $${pair%%:*} >/dev/null || \
+	missing="$$missing $${pair\#\#*:}"; done; test -z "$$missing" || { $(call install,$$missing); }
+install = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(1) >/dev/null; \
+	else echo "missing: $(1) (as root: apt-get install $(1))" >&2; exit 1; fi
+
+# Root gets a network namespace; everybody else a user namespace with one.
+isolated = if [ "$$(id -u)" = 0 ]; then unshare --net $(1); else unshare --net --map-root-user $(1); fi

@@ -1,0 +1,340 @@
+"""Builds the objects, connects them, runs them in one TaskGroup; the only one to know them all."""
+
+import asyncio
+import gc
+import logging
+import signal
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+from pyproxy import proxier
+from pyproxy.cache import Cache
+from pyproxy.config import (
+    Config,
+    NodeIPs,
+    detect_node_ips,
+    gate,
+    local_cidr,
+    masquerade_all,
+    node_port_cidrs,
+    sync_periods,
+)
+from pyproxy.config_file import dump
+from pyproxy.health import Health
+from pyproxy.http import About, ServiceHealthServers, health_server, metrics_server
+from pyproxy.lane import Lane
+from pyproxy.log import set_verbosity
+from pyproxy.metrics import Metrics
+from pyproxy.model import (
+    ApiObject,
+    Change,
+    Family,
+    Kind,
+    Node,
+    ObjectName,
+    Remove,
+    Replace,
+    Upsert,
+)
+from pyproxy.plan import Site
+from pyproxy.proxier._host import Host
+from pyproxy.reconcile import Clock, Proxier
+from pyproxy.runner import Pace
+from pyproxy.telemetry import Telemetry
+from pyproxy.topology import Place
+
+FULL_SYNC_SECONDS = 3600.0
+NODE_IPS_SECONDS = 30.0  # how long the first sync waits for the Node's addresses
+POD_CIDRS_SECONDS = 300.0  # and for its pod CIDRs, where they tell pods from others
+GATING: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node")
+WILDCARD: dict[Family, str] = {4: "0.0.0.0", 6: "::"}
+
+log = logging.getLogger(__name__)
+
+
+class Fatal(Exception):
+    """The process must end; the text says why, for one line on a terminal."""
+
+
+class Stopped(Exception):
+    """Ends the TaskGroup of everything, as asked."""
+
+
+class Feed(Protocol):
+    """Where objects come from: an API server, or manifests."""
+
+    async def follow(self, on_change: Callable[[Change], None]) -> None:
+        """Tell of all changes, for ever; a ``Replace`` of a kind first."""
+        ...
+
+    async def record(
+        self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None
+    ) -> None:
+        """Record an Event about this node, or about a Service. Failures are logged."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+class Settings(Struct, frozen=True):
+    """What a process is started with."""
+
+    config: Config
+    mode: str
+    node_name: str
+    families: tuple[Family, ...]
+    flags: Mapping[str, str]
+    init_only: bool = False
+    waits_for_node: bool = True  # an API server may yet complete the Node; a manifest will not
+
+
+class App:
+    """One running proxy."""
+
+    def __init__(self, settings: Settings, feed: Feed, metrics: Metrics, clock: Clock) -> None:
+        config = settings.config
+        sync_seconds, min_seconds = sync_periods(config, settings.mode)
+        self._settings = settings
+        self._feed = feed
+        self._metrics = metrics
+        self._clock = clock
+        self._health = Health(2 * sync_seconds)
+        self._telemetry = Telemetry(self._health, metrics, clock.unix)
+        self._listed = {kind: asyncio.Event() for kind in GATING}
+        self._node: Node | None = None
+        self._node_news = asyncio.Event()
+        self._synced = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._host = Host(with_routes=config.detect_local_mode == "InterfaceNamePrefix")
+        pace = Pace(min_seconds, sync_seconds, max(FULL_SYNC_SECONDS, min_seconds))
+        self._lanes = [self._lane(family, pace) for family in settings.families]
+        self._proxiers: list[Proxier] = []
+
+    async def run(self, *watchdogs: Coroutine[object, object, None]) -> None:
+        """Serve until told to stop, or until a watchdog raises. Raises ``Fatal``."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                jobs = [*self._jobs(tasks), *watchdogs]
+                started = [tasks.create_task(job) for job in jobs]
+                await self._stop.wait()
+                log.info("stopping")
+                for task in started:
+                    task.cancel()
+                for carrier in self._proxiers:
+                    await carrier.aclose()
+                raise Stopped
+        except* Stopped:
+            pass
+        except* Fatal as group:
+            raise group.exceptions[0] from None
+        finally:
+            await self._feed.aclose()
+
+    def _jobs(self, tasks: asyncio.TaskGroup) -> list[Coroutine[object, object, None]]:
+        config, failed = self._settings.config, partial(self._server_failed, tasks)
+        hard = config.bind_address_hard_fail
+        jobs = [self._feed.follow(self._change), self._host.follow(), self._serve(tasks)]
+        if config.healthz_bind_address:
+            server = health_server(
+                config.healthz_bind_address, self._health, self._metrics, self._clock.unix,
+                hard_fail=hard, on_failure=partial(failed, "FailedToStartProxierHealthcheck"),
+            )  # fmt: skip
+            jobs.append(server.run())
+        about = About(
+            mode=self._settings.mode,
+            config=dump(config),
+            flags=self._settings.flags,
+            started_at=self._clock.unix(),
+            profiling=config.enable_profiling,
+            set_verbosity=lambda level: set_verbosity(int(level)),
+        )
+        server = metrics_server(
+            config.metrics_bind_address, self._metrics, about, self._clock.unix,
+            hard_fail=hard, on_failure=partial(failed, "FailedToStartMetricServer"),
+        )  # fmt: skip
+        return [*jobs, server.run()]
+
+    async def _serve(self, tasks: asyncio.TaskGroup) -> None:
+        """Once all is known that a first sync needs, begin to write, and go on."""
+        for kind in GATING:
+            await self._listed[kind].wait()
+        await self._node_is_complete()
+        await self._host.read()
+        ips = detect_node_ips(self._settings.config, self._node.ips if self._node else ())
+        self._proxiers += [self._carrier(lane.family, ips, tasks) for lane in self._lanes]
+        if self._settings.init_only:
+            self._stop.set()
+            return
+        self._record(tasks, "Starting", "")
+        self._move()
+        for lane, carrier in zip(self._lanes, self._proxiers, strict=True):
+            self._telemetry.started(lane.family)
+            lane.start(carrier)
+        async with asyncio.TaskGroup() as running:
+            for lane in self._lanes:
+                running.create_task(lane.run(), name=f"sync IPv{lane.family}")
+            running.create_task(self._keep_health_ports(ips, tasks), name="health ports")
+
+    async def _node_is_complete(self) -> None:
+        """Wait, for so long, until the Node says what a plan needs of it."""
+        if not self._settings.waits_for_node:
+            return
+        by_cidr = self._settings.config.detect_local_mode == "NodeCIDR"
+        if not await self._node_gets("ips", NODE_IPS_SECONDS):
+            self._node_stays_incomplete(needs_cidrs=False)
+        if by_cidr and not await self._node_gets("pod_cidrs", POD_CIDRS_SECONDS):
+            self._node_stays_incomplete(needs_cidrs=True)
+
+    async def _node_gets(self, field: Literal["ips", "pod_cidrs"], seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                while self._node is None or not getattr(self._node, field):
+                    self._node_news.clear()
+                    await self._node_news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _node_stays_incomplete(self, *, needs_cidrs: bool) -> None:
+        name = self._settings.node_name
+        if not needs_cidrs:
+            log.error("the Node has no addresses: going on without", extra={"node": name})
+        elif self._node is None:
+            raise Fatal(f"time-out waiting for Node {name} to exist: is --hostname-override right?")
+        else:
+            raise Fatal(
+                f"time-out waiting for Node {name} to get a PodCIDR: detectLocalMode NodeCIDR "
+                "needs the cluster to allocate them"
+            )
+
+    def _lane(self, family: Family, pace: Pace) -> Lane:
+        external_ips = gate(self._settings.config, "AllowServiceExternalIPs")
+        cache = Cache(family, started_at=self._clock.unix(), allow_external_ips=external_ips)
+        return Lane(family, cache, pace, self._clock, self._telemetry, self._synced.set)
+
+    def _carrier(self, family: Family, ips: NodeIPs, tasks: asyncio.TaskGroup) -> Proxier:
+        known = (ips.ip4, ips.ip6) if ips.primary == 4 else (ips.ip6, ips.ip4)
+        env = proxier.Env(
+            family=family,
+            config=self._settings.config,
+            clock=self._clock,
+            tasks=tasks,
+            host=self._host,
+            node=self._node,
+            node_ips=tuple(ip for ip in known if ip not in ("127.0.0.1", "::1")),
+            observe=self._telemetry.connection,
+        )
+        return proxier.load(self._settings.mode).build(env)
+
+    # --- what the feed says -------------------------------------------------------------------
+
+    def _change(self, change: Change) -> None:
+        self._telemetry.changed(change)
+        if change.kind == "Node":
+            self._see_node(change)
+        else:
+            for lane in self._lanes:
+                lane.change(change)
+                self._telemetry.counted(change, lane.family)
+        if isinstance(change, Replace) and change.kind in self._listed:
+            self._listed[change.kind].set()
+
+    def _see_node(self, change: Change) -> None:
+        """Take in what became of our Node. One that is deleted is remembered as it was."""
+        objects: tuple[ApiObject, ...] = ()
+        match change:
+            case Upsert(obj=obj):
+                objects = (obj,)
+            case Replace(objects=listed):
+                objects = listed
+            case Remove():
+                pass
+        for node in objects:
+            if isinstance(node, Node) and node.name == self._settings.node_name:
+                before, self._node = self._node, node
+                self._health.node_seen(node)
+                self._node_news.set()
+                self._compare(before, node)
+        if self._proxiers:
+            self._move()
+
+    def _compare(self, before: Node | None, node: Node) -> None:
+        if before is None or not self._proxiers:
+            return
+        by_cidr = self._settings.config.detect_local_mode == "NodeCIDR"
+        if by_cidr and before.pod_cidrs != node.pod_cidrs:
+            raise Fatal(f"the PodCIDRs of Node {node.name} changed: a restart is needed")
+        if before.ips != node.ips:
+            log.warning("the Node's addresses changed", extra={"ips": ",".join(node.ips)})
+
+    def _move(self) -> None:
+        """Tell all lanes where the node is."""
+        config, node = self._settings.config, self._node
+        ips = detect_node_ips(config, node.ips if node else ())
+        by_interface = config.detect_local_mode in ("BridgeInterface", "InterfaceNamePrefix")
+        for lane in self._lanes:
+            site = Site(
+                place=Place(self._settings.node_name, node.zone if node else ""),
+                node_ip=ips.ip4 if lane.family == 4 else ips.ip6,
+                detects_pods=by_interface or local_cidr(config, lane.family, node) is not None,
+                masquerade_all=masquerade_all(config, self._settings.mode),
+            )
+            lane.move(site)
+
+    # --- health check node ports, Events ------------------------------------------------------
+
+    async def _keep_health_ports(self, ips: NodeIPs, tasks: asyncio.TaskGroup) -> None:
+        """After each successful sync, answer for the Services that have such a port."""
+        servers = {lane: self._health_servers(lane.family, ips, tasks) for lane in self._lanes}
+        await self._synced.wait()
+        log.info("serving")
+        gc.collect()
+        gc.freeze()  # what the first lists left is there to stay: do not walk it again and again
+        try:
+            while True:
+                await self._synced.wait()
+                self._synced.clear()
+                for lane, responders in servers.items():
+                    await responders.update(lane.health_ports())
+        finally:
+            for responders in servers.values():
+                await responders.aclose()
+
+    def _health_servers(
+        self, family: Family, ips: NodeIPs, tasks: asyncio.TaskGroup
+    ) -> ServiceHealthServers:
+        ranges = node_port_cidrs(self._settings.config, family, (ips.ip4, ips.ip6))
+        addresses = [WILDCARD[family]]
+        if ranges is not None:
+            addresses = self._host.snapshot.ips_in(family, ranges)
+        failed = partial(self._health_port_failed, tasks)
+        return ServiceHealthServers(addresses, self._health, self._clock.unix, failed)
+
+    def _health_port_failed(
+        self, tasks: asyncio.TaskGroup, service: ObjectName, error: str
+    ) -> None:
+        self._record(tasks, "FailedToStartServiceHealthcheck", error, warning=True, service=service)
+
+    def _server_failed(self, tasks: asyncio.TaskGroup, reason: str, error: str) -> None:
+        self._record(tasks, reason, error, warning=True)
+
+    def _record(
+        self,
+        tasks: asyncio.TaskGroup,
+        reason: str,
+        message: str,
+        *,
+        warning: bool = False,
+        service: ObjectName | None = None,
+    ) -> None:
+        action = "Listen" if service is not None else "StartKubeProxy"
+        tasks.create_task(
+            self._feed.record(reason, message, warning=warning, action=action, service=service),
+            name=f"event {reason}",
+        )

@@ -1,0 +1,97 @@
+"""The two places that objects come from: an API server, or files on a machine without one."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from pyproxy.app import Feed
+from pyproxy.config import Config
+from pyproxy.flags import Options
+from pyproxy.kubeapi import KubeApi, Regarding, connect
+from pyproxy.kubeclient import SourceError
+from pyproxy.manifest_source import ManifestError, ManifestSource
+from pyproxy.metrics import Metrics
+from pyproxy.model import Change, Kind, ObjectName
+from pyproxy.source import follow
+from pyproxy.watch import WatchMachine
+
+KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node", "ServiceCIDR")
+
+log = logging.getLogger(__name__)
+
+
+class FeedError(Exception):
+    """There is nowhere to read objects from; the text says what must change first."""
+
+
+async def feed_from(options: Options, config: Config, node: str, metrics: Metrics) -> Feed:
+    """Return what the flags say to follow. Raises ``FeedError``."""
+    try:
+        if options.manifests:
+            source = ManifestSource(Path(options.manifests), node, options.service_cidr)
+            return ManifestFeed(source)
+        kubeconfig = config.client_connection.kubeconfig
+        api = await connect(kubeconfig, options.master, node=node, observe=metrics.rest_request)
+    except (SourceError, ManifestError) as error:
+        raise FeedError(str(error)) from error
+    return KubeFeed(api, node)
+
+
+class KubeFeed:
+    """Follows four kinds of objects at one API server."""
+
+    def __init__(self, api: KubeApi, node: str) -> None:
+        self._api = api
+        self._node = node
+        self._random = Random()
+
+    async def follow(self, on_change: Callable[[Change], None]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for kind in KINDS:
+                machine = WatchMachine(kind, random=self._random.random)
+                tasks.create_task(
+                    follow(machine, self._api, on_change, self._tell), name=f"follow {kind}"
+                )
+
+    async def record(
+        self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None
+    ) -> None:
+        regarding = Regarding("Node", self._node, uid=self._node)
+        if service is not None:
+            regarding = Regarding("Service", service.name, service.namespace)
+        kind = "Warning" if warning else "Normal"
+        await self._api.create_event(reason, message, regarding, type=kind, action=action)
+
+    async def aclose(self) -> None:
+        await self._api.aclose()
+
+    def _tell(self, error: str) -> None:
+        log.warning("api", extra={"problem": error})
+
+
+class ManifestFeed:
+    """Follows a folder. Events have nobody to be told to but the log."""
+
+    def __init__(self, source: ManifestSource) -> None:
+        self._source = source
+
+    async def follow(self, on_change: Callable[[Change], None]) -> None:
+        try:
+            await self._source.follow(on_change, self._tell)
+        except ManifestError as error:
+            raise FeedError(str(error)) from error
+
+    async def record(
+        self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None
+    ) -> None:
+        level = logging.WARNING if warning else logging.INFO
+        about = str(service) if service is not None else "node"
+        log.log(level, reason, extra={"about": about, "problem": message})
+
+    async def aclose(self) -> None:
+        pass
+
+    def _tell(self, error: str) -> None:
+        log.warning("manifests", extra={"problem": error})

@@ -1,0 +1,76 @@
+"""What the process asks of the operating system: time, limits, its file, which families."""
+
+import asyncio
+import logging
+import os
+import resource
+import time
+from pathlib import Path
+
+from pyproxy.app import Fatal
+from pyproxy.model import Family
+
+WANTED_FILES = 1 << 20  # a socket for each frontend, two for each connection
+CONFIG_POLL_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class SystemClock:
+    """The time of this machine."""
+
+    monotonic = staticmethod(time.monotonic)
+    unix = staticmethod(time.time)  # noqa: TID251 - this is the clock that others are given
+
+
+def raise_file_limit() -> int:
+    """Allow as many open files as may be; return how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ceiling = int(Path("/proc/sys/fs/nr_open").read_text())
+    for wanted in (min(WANTED_FILES, ceiling), hard):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, hard)))
+        except (ValueError, OSError):
+            continue
+        return wanted
+    return soft
+
+
+def adjust_oom_score(value: int) -> None:
+    """Tell the kernel how readily to kill us when memory ends; a refusal is only logged."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text(str(value))
+    except OSError as error:
+        log.info("oom_score_adj stays", extra={"wanted": value, "error": error.strerror})
+
+
+def families() -> tuple[Family, ...]:
+    """Return the IP families of this network namespace."""
+    disabled = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
+    try:
+        has_ipv6 = Path("/proc/net/if_inet6").exists() and disabled.read_text().strip() != "1"
+    except OSError:
+        has_ipv6 = False
+    return (4, 6) if has_ipv6 else (4,)
+
+
+async def until_changed(path: Path) -> None:
+    """Watch a configuration file. Raises ``Fatal`` when its content may be another.
+
+    A file that vanishes is waited for: that is how editors and ConfigMaps replace one.
+    """
+    before = identity(path)
+    while True:
+        await asyncio.sleep(CONFIG_POLL_SECONDS)
+        now = identity(path)
+        if now is not None and now != before:
+            raise Fatal(f"configuration updated: {path} changed, a restart reads it")
+
+
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """Return what a write or a rename changes, and a chmod does not."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -1,0 +1,124 @@
+"""Passes on what happens: syncs and changes to health, metrics and the log."""
+
+import logging
+from collections.abc import Callable, Collection
+
+from pyproxy.health import Health
+from pyproxy.log import vlog
+from pyproxy.metrics import Metrics
+from pyproxy.model import (
+    Change,
+    EndpointSlice,
+    Family,
+    ObjectName,
+    Proto,
+    Remove,
+    Replace,
+    Service,
+    Upsert,
+)
+from pyproxy.report import SyncReport
+
+SHOWN = 5  # of a list of troubles, in one line of the log
+
+log = logging.getLogger(__name__)
+
+
+class Telemetry:
+    """The observer of all lanes. Trouble is told when it begins and when it ends."""
+
+    def __init__(self, health: Health, metrics: Metrics, unix: Callable[[], float]) -> None:
+        self._health = health
+        self._metrics = metrics
+        self._unix = unix
+        self._failing: dict[Family, str] = {}
+        self._trouble: dict[tuple[str, Family], frozenset[str]] = {}
+        self._warned: dict[ObjectName, tuple[str, ...]] = {}
+
+    def started(self, family: Family) -> None:
+        now = self._unix()
+        self._health.started(family, now)
+        self._metrics.request_queued(family, now)
+
+    def requested(self, family: Family) -> None:
+        now = self._unix()
+        self._health.queued(family, now)
+        self._metrics.request_queued(family, now)
+
+    def synced(self, report: SyncReport) -> None:
+        self._health.synced(report, self._unix())
+        self._metrics.observe_sync(report)
+        vlog(
+            log,
+            2,
+            "synced",
+            family=f"IPv{report.family}",
+            full=report.full,
+            seconds=round(report.seconds, 6),
+            ports=report.owners,
+            added=report.added,
+            changed=report.changed,
+            removed=report.removed,
+        )
+        self._tell_of_failure(report)
+        self._tell_of("not served", report.family, report.unserved)
+        self._tell_of("frontend wanted twice", report.family, report.conflicts)
+
+    def changed(self, change: Change) -> None:
+        """Count a change, and log what was odd about its objects, once."""
+        match change:
+            case Upsert(obj=obj):
+                self._warn_of(obj)
+            case Replace(objects=objects):
+                for obj in objects:
+                    self._warn_of(obj)
+            case Remove(name=name):
+                self._warned.pop(name, None)
+
+    def counted(self, change: Change, family: Family) -> None:
+        if change.kind == "Service":
+            self._metrics.service_change(family)
+        elif change.kind == "EndpointSlice":
+            self._metrics.endpoint_change(family)
+
+    def connection(self, proto: Proto, result: str) -> None:
+        match result:
+            case "closed":
+                self._metrics.connection_ended(proto)
+            case "forwarded" | "dial_failed" | "no_endpoint":
+                self._metrics.connection(proto, result)
+            case _:
+                raise AssertionError(f"no metric counts connections {result}")
+
+    def _warn_of(self, obj: object) -> None:
+        if not isinstance(obj, Service | EndpointSlice):
+            return
+        if obj.warnings and self._warned.get(obj.name) != obj.warnings:
+            for warning in obj.warnings:
+                log.warning("ignored", extra={"object": str(obj.name), "problem": warning})
+            self._warned[obj.name] = obj.warnings
+        elif not obj.warnings:
+            self._warned.pop(obj.name, None)
+
+    def _tell_of_failure(self, report: SyncReport) -> None:
+        before = self._failing.pop(report.family, None)
+        if report.error is not None:
+            self._failing[report.family] = report.error
+            if report.error != before:
+                log.error(
+                    "sync failed", extra={"family": f"IPv{report.family}", "error": report.error}
+                )
+        elif before is not None:
+            log.info("sync works again", extra={"family": f"IPv{report.family}"})
+
+    def _tell_of(self, event: str, family: Family, lines: Collection[str]) -> None:
+        before = self._trouble.get((event, family), frozenset())
+        if not lines and not before:
+            return
+        now = frozenset(lines)
+        self._trouble[event, family] = now
+        if now - before:
+            new = sorted(now - before)
+            log.warning(event, extra={"count": len(new), "which": "; ".join(new[:SHOWN])})
+        if before - now:
+            log.info("over", extra={"trouble": event, "count": len(before - now)})
