@@ -22,9 +22,10 @@ from pyproxy.config import (
     node_port_cidrs,
     sync_periods,
 )
+from pyproxy.config_check import family_problems
 from pyproxy.config_file import dump
 from pyproxy.health import Health
-from pyproxy.http import About, ServiceHealthServers, health_server, metrics_server
+from pyproxy.http import About, ListenError, ServiceHealthServers, health_server, metrics_server
 from pyproxy.lane import Lane
 from pyproxy.log import set_verbosity
 from pyproxy.metrics import Metrics
@@ -82,8 +83,7 @@ class Feed(Protocol):
 class Settings(Struct, frozen=True):
     """What a process is started with."""
 
-    config: Config
-    mode: str
+    config: Config  # its mode is one there is, not ``auto``
     node_name: str
     families: tuple[Family, ...]
     flags: Mapping[str, str]
@@ -96,7 +96,7 @@ class App:
 
     def __init__(self, settings: Settings, feed: Feed, metrics: Metrics, clock: Clock) -> None:
         config = settings.config
-        sync_seconds, min_seconds = sync_periods(config, settings.mode)
+        sync_seconds, min_seconds = sync_periods(config, config.mode)
         self._settings = settings
         self._feed = feed
         self._metrics = metrics
@@ -131,8 +131,8 @@ class App:
                 raise Stopped
         except* Stopped:
             pass
-        except* Fatal as group:
-            raise group.exceptions[0] from None
+        except* (Fatal, ListenError) as group:
+            raise Fatal(str(first_of(group))) from None
         finally:
             await self._feed.aclose()
 
@@ -147,13 +147,14 @@ class App:
             )  # fmt: skip
             jobs.append(server.run())
         about = About(
-            mode=self._settings.mode,
+            mode=self._settings.config.mode,
             config=dump(config),
             flags=self._settings.flags,
             started_at=self._clock.unix(),
             profiling=config.enable_profiling,
-            set_verbosity=lambda level: set_verbosity(int(level)),
+            set_verbosity=set_verbosity,
         )
+        self._metrics.count_tasks(lambda: len(asyncio.all_tasks()))
         server = metrics_server(
             config.metrics_bind_address, self._metrics, about, self._clock.unix,
             hard_fail=hard, on_failure=partial(failed, "FailedToStartMetricServer"),
@@ -167,6 +168,7 @@ class App:
         await self._node_is_complete()
         await self._host.read()
         ips = detect_node_ips(self._settings.config, self._node.ips if self._node else ())
+        self._check_families(ips)
         self._proxiers += [self._carrier(lane.family, ips, tasks) for lane in self._lanes]
         if self._settings.init_only:
             self._stop.set()
@@ -213,6 +215,20 @@ class App:
                 "needs the cluster to allocate them"
             )
 
+    def _check_families(self, ips: NodeIPs) -> None:
+        """Compare the settings with the families of this node. Raises ``Fatal``."""
+        families = self._settings.families
+        if ips.primary not in families:
+            raise Fatal(f"this node has no IPv{ips.primary}, the family of its first address")
+        pod_cidrs = self._node.pod_cidrs if self._node else ()
+        found = family_problems(
+            self._settings.config, ips.primary, pod_cidrs, dual_stack=len(families) == 2
+        )
+        for warning in found.warnings:
+            log.warning(warning)
+        if found.errors:
+            raise Fatal("; ".join(found.errors))
+
     def _lane(self, family: Family, pace: Pace) -> Lane:
         external_ips = gate(self._settings.config, "AllowServiceExternalIPs")
         cache = Cache(family, started_at=self._clock.unix(), allow_external_ips=external_ips)
@@ -230,7 +246,7 @@ class App:
             node_ips=tuple(ip for ip in known if ip not in ("127.0.0.1", "::1")),
             observe=self._telemetry.connection,
         )
-        return proxier.load(self._settings.mode).build(env)
+        return proxier.load(self._settings.config.mode).build(env)
 
     # --- what the feed says -------------------------------------------------------------------
 
@@ -240,8 +256,8 @@ class App:
             self._see_node(change)
         else:
             for lane in self._lanes:
-                lane.change(change)
-                self._telemetry.counted(change, lane.family)
+                concerned = lane.change(change)
+                self._telemetry.counted(change, lane.family, concerned=concerned)
         if isinstance(change, Replace) and change.kind in self._listed:
             self._listed[change.kind].set()
 
@@ -283,7 +299,7 @@ class App:
                 place=Place(self._settings.node_name, node.zone if node else ""),
                 node_ip=ips.ip4 if lane.family == 4 else ips.ip6,
                 detects_pods=by_interface or local_cidr(config, lane.family, node) is not None,
-                masquerade_all=masquerade_all(config, self._settings.mode),
+                masquerade_all=masquerade_all(config, self._settings.config.mode),
             )
             lane.move(site)
 
@@ -338,3 +354,11 @@ class App:
             self._feed.record(reason, message, warning=warning, action=action, service=service),
             name=f"event {reason}",
         )
+
+
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the first exception in a group, however deep the TaskGroups were nested."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

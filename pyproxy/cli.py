@@ -10,11 +10,11 @@ from pathlib import Path
 import yaml
 
 from pyproxy import __version__, proxier
-from pyproxy.config import Config, gate, node_name
+from pyproxy.config import Config, gate, node_name, with_mode
 from pyproxy.config_check import validate, warnings
 from pyproxy.config_file import dump
 from pyproxy.config_text import ConfigError, did_you_mean
-from pyproxy.flags import Options, effective_config, help_text, parse
+from pyproxy.flags import Options, effective_config, flag_values, help_text, parse
 
 COMMANDS = ("run", "demo", "cleanup", "version", "help")
 
@@ -67,7 +67,7 @@ def run(options: Options) -> int:
     from pyproxy.log import setup
 
     setup(config.logging)
-    for warning in (*loaded.warnings, *warnings(config)):
+    for warning in loaded.warnings:
         log.warning(warning)
     return clean_up() if options.cleanup else serve(options, config, node_name(config, hostname))
 
@@ -83,10 +83,12 @@ def write_config(config: Config, path: Path) -> int:
 def serve(options: Options, config: Config, node: str) -> int:
     """Run until a signal or a reason to end; exit code 1 for the latter."""
     try:
-        mode = resolved_mode(config.mode)
+        config = with_mode(config, resolved_mode(config.mode))
     except LookupError as error:
         return fail(str(error))
-    return in_loop(options.event_loop, lambda: serving(options, config, mode, node))
+    for warning in warnings(config):
+        log.warning(warning)
+    return in_loop(options.event_loop, lambda: serving(options, config, node))
 
 
 def resolved_mode(name: str) -> str:
@@ -102,7 +104,7 @@ def resolved_mode(name: str) -> str:
     return name
 
 
-async def serving(options: Options, config: Config, mode: str, node: str) -> int:
+async def serving(options: Options, config: Config, node: str) -> int:
     from pyproxy.app import App, Fatal, Settings
     from pyproxy.feeds import FeedError, feed_from
     from pyproxy.metrics import Metrics
@@ -118,16 +120,17 @@ async def serving(options: Options, config: Config, mode: str, node: str) -> int
     files = raise_file_limit()
     settings = Settings(
         config=config,
-        mode=mode,
         node_name=node,
         families=families(),
-        flags={name: str(value) for name, value in options.given.items()},
+        flags=flag_values(options),
         init_only=options.init_only,
         waits_for_node=not options.manifests,
     )
-    metrics = Metrics(mode, settings.families)
+    metrics = Metrics(config.mode, settings.families)
     metrics.features(enabled_features(config))
-    log.info("pyproxy", extra={"version": __version__, "mode": mode, "node": node, "files": files})
+    log.info(
+        "pyproxy", extra={"version": __version__, "mode": config.mode, "node": node, "files": files}
+    )
     try:
         feed = await feed_from(options, config, node, metrics)
         watchdogs = [until_changed(Path(options.config))] if options.config else []

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from pyproxy.app import Feed
+from pyproxy.app import Fatal, Feed
 from pyproxy.config import Config
 from pyproxy.flags import Options
 from pyproxy.kubeapi import KubeApi, Regarding, connect
@@ -81,7 +81,7 @@ class ManifestFeed:
         try:
             await self._source.follow(on_change, self._tell)
         except ManifestError as error:
-            raise FeedError(str(error)) from error
+            raise Fatal(str(error)) from error
 
     async def record(
         self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None

@@ -335,7 +335,12 @@ def parse_bind(bind: str) -> tuple[str, int]:
 
 
 def _bound_socket(ip: str, port: int, *, dual_stack: bool) -> socket.socket:
-    """Return a bound socket. ``::`` takes IPv4, too, with ``dual_stack``; 0.0.0.0 is IPv4."""
+    """Return a bound socket. With ``dual_stack`` each wildcard address stands for both families.
+
+    kube-proxy: Go listens so for "tcp"; a node without IPv6 keeps to IPv4.
+    """
+    if dual_stack and ip == "0.0.0.0" and _has_ipv6():
+        ip = "::"
     is_ipv6 = ":" in ip
     bound = socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET)
     try:
@@ -347,6 +352,15 @@ def _bound_socket(ip: str, port: int, *, dual_stack: bool) -> socket.socket:
         bound.close()
         raise
     return bound
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 async def _serve(pages: Mapping[str, Page], request: web.BaseRequest) -> web.Response:

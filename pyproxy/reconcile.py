@@ -84,6 +84,7 @@ class Reconciler(Generic[K, V]):
         self._clock = clock
         self._written: dict[ServicePortName, Mapping[K, V]] | None = None
         self._refused: dict[ServicePortName, dict[K, str]] = {}
+        self._served = 0
 
     async def sync(self, plan: Plan, changed: Owners) -> SyncReport:
         """Make the target equal to the plan, of which ``changed`` is all that may differ."""
@@ -99,6 +100,7 @@ class Reconciler(Generic[K, V]):
                 held = await self._target.adopt()
                 delta = diff(held, {k: v for state in wanted.values() for k, v in state.items()})
                 written = {}
+                self._served = 0
             else:
                 delta = merge(diff(written.get(o, {}), state) for o, state in wanted.items())
             refused = await self._target.apply(delta) if delta or full else {}
@@ -116,6 +118,7 @@ class Reconciler(Generic[K, V]):
             added=len(delta.added),
             changed=len(delta.changed),
             removed=len(delta.removed),
+            served=self._served,
             conflicts=tuple(line for lines in plan.conflicts.values() for line in lines),
             unserved=tuple(why for whys in self._refused.values() for why in whys.values()),
             no_local_internal=len(plan.without_local_internal),
@@ -146,10 +149,12 @@ class Reconciler(Generic[K, V]):
     ) -> None:
         for owner, state in wanted.items():
             self._refused.pop(owner, None)
+            self._served -= len(written.get(owner, {}))
             lost = {key: refused[key] for key in state if key in refused} if refused else {}
             if lost:
                 self._refused[owner] = lost
                 state = {key: value for key, value in state.items() if key not in lost}
+            self._served += len(state)
             if state:
                 written[owner] = state
             else:

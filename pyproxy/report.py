@@ -17,6 +17,7 @@ class SyncReport(Struct, frozen=True):
     added: int = 0  # entries of the mode's state
     changed: int = 0
     removed: int = 0
+    served: int = 0  # entries of the mode's state, all owners together
     conflicts: tuple[str, ...] = ()  # frontends that a second Service asked for
     unserved: tuple[str, ...] = ()  # frontends that this node cannot serve, with the reason
     no_local_internal: int = 0  # Service ports; see PortPlan

@@ -33,6 +33,8 @@ class Telemetry:
         self._unix = unix
         self._failing: dict[Family, str] = {}
         self._trouble: dict[tuple[str, Family], frozenset[str]] = {}
+        self._pending_services = 0
+        self._pending_endpoints = 0
         self._warned: dict[ObjectName, tuple[str, ...]] = {}
 
     def started(self, family: Family) -> None:
@@ -48,6 +50,10 @@ class Telemetry:
     def synced(self, report: SyncReport) -> None:
         self._health.synced(report, self._unix())
         self._metrics.observe_sync(report)
+        self._metrics.pending(0, 0)
+        self._pending_services = self._pending_endpoints = 0
+        if report.mode == "userspace":
+            self._metrics.frontends(report.family, report.served, len(report.unserved))
         vlog(
             log,
             2,
@@ -75,11 +81,15 @@ class Telemetry:
             case Remove(name=name):
                 self._warned.pop(name, None)
 
-    def counted(self, change: Change, family: Family) -> None:
+    def counted(self, change: Change, family: Family, *, concerned: bool) -> None:
+        """Count a change; if it ``concerned`` a Service port, it waits for the next sync."""
         if change.kind == "Service":
             self._metrics.service_change(family)
+            self._pending_services += concerned
         elif change.kind == "EndpointSlice":
             self._metrics.endpoint_change(family)
+            self._pending_endpoints += concerned
+        self._metrics.pending(self._pending_services, self._pending_endpoints)
 
     def connection(self, proto: Proto, result: str) -> None:
         match result:

@@ -43,6 +43,10 @@ class Mode(Protocol):
         """Return the proxier of one family. It opens nothing: the first sync does."""
         ...
 
+    async def cleanup(self, family: Family) -> str | None:
+        """Remove every trace of the mode, whichever process left it; return what went wrong."""
+        ...
+
 
 def modes() -> tuple[str, ...]:
     """Return the names of all modes there are, the preferred first."""

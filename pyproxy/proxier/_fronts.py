@@ -55,6 +55,8 @@ class Fronts:
 
         Sockets that are open stay open: who waits to be accepted is treated by the new rules.
         """
+        if frontend.proto == "SCTP":
+            return "SCTP is for the kernel modes: nftables, iptables or ipvs"
         held = self._held.get(frontend)
         front = held.front if held is not None else None
         if stance(listener.route) == "refuse":

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Callable, Iterable
-from ipaddress import ip_interface, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 
 from msgspec import Struct
 
@@ -28,6 +28,12 @@ class Snapshot(Struct, frozen=True):
         """Return the node's own addresses of a family, loopback included."""
         found = (ip_interface(text).ip for _interface, text in self.addresses)
         return frozenset(str(ip) for ip in found if ip.version == family)
+
+    def ips_in(self, family: Family, ranges: Iterable[Network]) -> list[str]:
+        """Return, in order, the node's own addresses that lie in one of the ranges."""
+        wanted = tuple(ranges)
+        own = sorted(self.ips(family))
+        return [ip for ip in own if any(ip_address(ip) in network for network in wanted)]
 
     def networks(self, family: Family, matches: Callable[[str], bool]) -> tuple[Network, ...]:
         """Return the networks that interfaces whose name matches lead to."""

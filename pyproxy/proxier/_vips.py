@@ -73,9 +73,14 @@ class Vips:
             if code != errno.EEXIST
         }
 
-    def remove(self, ips: Iterable[str]) -> None:
-        """Remove our routes to these addresses, where there are any."""
-        self._carry_out(RTM_DELROUTE, 0, list(ips), None)
+    def remove(self, ips: Iterable[str]) -> Mapping[str, str]:
+        """Remove our routes to these addresses; return why not, for each that is still there."""
+        failed = self._carry_out(RTM_DELROUTE, 0, list(ips), None)
+        return {
+            ip: f"cannot remove the route to {ip}: {os.strerror(code)}"
+            for ip, code in failed.items()
+            if code != errno.ESRCH
+        }
 
     def _carry_out(
         self, kind: int, flags: int, ips: list[str], source: str | None

@@ -9,12 +9,11 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from ipaddress import ip_address
 
 from pyproxy.balancer import Picker
 from pyproxy.config import local_cidr, node_port_cidrs
 from pyproxy.delta import Delta
-from pyproxy.model import Forward, Frontend, Network, Pool, ServicePortName
+from pyproxy.model import Family, Forward, Frontend, Network, Pool, ServicePortName
 from pyproxy.proxier import Env
 from pyproxy.proxier._fronts import Fronts
 from pyproxy.proxier._host import LOOPBACK
@@ -38,6 +37,18 @@ def unsupported() -> str | None:
 def build(env: Env) -> Proxier:
     target = Frontends(env)
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
+
+
+async def cleanup(family: Family) -> str | None:
+    """Remove the local routes: all that outlives the process."""
+    routes = Vips(family, None)
+    try:
+        left = routes.remove(routes.listed())
+    except OSError as error:
+        return f"cannot list local routes: {error.strerror}"
+    finally:
+        routes.close()
+    return "; ".join(left.values()) or None
 
 
 class Frontends:
@@ -93,11 +104,11 @@ class Frontends:
         return refused
 
     async def clear(self) -> None:
-        """Remove the local routes, also those of an earlier process."""
-        routes = Vips(self._env.family, None)
-        routes.remove(routes.listed())
-        routes.close()
+        """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""
+        problem = await cleanup(self._env.family)
         self._local.clear()
+        if problem is not None:
+            raise ApplyError(problem)
 
     async def aclose(self) -> None:
         """Stop listening, give open connections a moment, and let go of the rest."""
@@ -177,7 +188,7 @@ class Frontends:
         ips = seen.ips(env.family)
         self._around = Surroundings(ips, self._pods(), (LOOPBACK[env.family],))
         ranges = node_port_cidrs(env.config, env.family, env.node_ips)
-        serving = None if ranges is None else sorted(ip for ip in ips if in_any(ip, ranges))
+        serving = None if ranges is None else seen.ips_in(env.family, ranges)
         if ranges is None and not env.config.iptables.localhost_node_ports:
             serving = sorted(ip for ip in ips if not is_loopback(ip))
         self._fronts.surround(self._around, serving)
@@ -231,8 +242,3 @@ def is_loopback(ip: str) -> bool:
 
 def has_prefix(prefix: str, name: str) -> bool:
     return name.startswith(prefix)
-
-
-def in_any(ip: str, networks: Iterable[Network]) -> bool:
-    address = ip_address(ip)
-    return any(address in network for network in networks)

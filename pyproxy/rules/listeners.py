@@ -40,9 +40,7 @@ class Surroundings(Struct, frozen=True):
 
 
 def compile_owner(port: PortPlan) -> Mapping[Frontend, Listener]:
-    """Return the listeners of one owner. SCTP needs a kernel mode, and gets none."""
-    if port.owner.proto == "SCTP":
-        return {}
+    """Return the listeners of one owner."""
     return {route.frontend: Listener(port.owner, route, port.serving) for route in port.routes}
 
 

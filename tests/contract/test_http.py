@@ -207,7 +207,7 @@ def test_an_address_to_bind_is_split(bind, address):
 @pytest.mark.parametrize(
     ("bind", "answering"),
     [
-        pytest.param("0.0.0.0:0", ["127.0.0.1"], id="0.0.0.0 is IPv4"),
+        pytest.param("0.0.0.0:0", ["127.0.0.1", "::1"], id="0.0.0.0 is both"),
         pytest.param("[::]:0", ["127.0.0.1", "::1"], id=":: is both"),
         pytest.param("127.0.0.1:0", ["127.0.0.1"], id="one address"),
         pytest.param("[::1]:0", ["::1"], id="one IPv6 address"),
