@@ -111,11 +111,13 @@ async def serving(options: Options, config: Config, node: str) -> int:
     from pyproxy.process import (
         SystemClock,
         adjust_oom_score,
+        calm_collector,
         families,
         raise_file_limit,
         until_changed,
     )
 
+    calm_collector()
     adjust_oom_score(config.oom_score_adj)
     files = raise_file_limit()
     settings = Settings(

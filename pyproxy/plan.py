@@ -226,9 +226,11 @@ def action(sets: EndpointSets, chosen: Pool | None, *, masquerade: bool) -> Acti
 def pool(port: ServicePort, members: Sequence[Endpoint], place: Place) -> Pool | None:
     if not members:
         return None
+    weights = port.weights
     return Pool(
         backends=tuple(
-            Backend(e.address, weight_of(e, port.weights), is_local(e, place)) for e in members
+            Backend(e.address, weight_of(e, weights) if weights else 1, is_local(e, place))
+            for e in members
         ),
         scheduler=port.scheduler,
         affinity_seconds=port.affinity_seconds,

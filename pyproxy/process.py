@@ -1,6 +1,7 @@
 """What the process asks of the operating system: time, limits, its file, which families."""
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -34,6 +35,14 @@ def raise_file_limit() -> int:
             continue
         return wanted
     return soft
+
+
+def calm_collector() -> None:
+    """Let the garbage collector look less often: nearly all we allocate is there to stay.
+
+    With Python's own thresholds, loading 100,000 endpoints spends a quarter of its time in it.
+    """
+    gc.set_threshold(50_000, 20, 100)
 
 
 def adjust_oom_score(value: int) -> None:
