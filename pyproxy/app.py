@@ -22,8 +22,8 @@ from pyproxy.config import (
     node_port_cidrs,
     sync_periods,
 )
-from pyproxy.config_check import family_problems
-from pyproxy.config_file import dump
+from pyproxy.config.check import family_problems
+from pyproxy.config.file import dump
 from pyproxy.health import Health
 from pyproxy.http import About, ListenError, ServiceHealthServers, health_server, metrics_server
 from pyproxy.lane import Lane

@@ -8,10 +8,10 @@ from random import Random
 
 from pyproxy.app import Fatal, Feed
 from pyproxy.config import Config
-from pyproxy.flags import Options
+from pyproxy.config.flags import Options
 from pyproxy.kubeapi import KubeApi, Regarding, connect
 from pyproxy.kubeclient import SourceError
-from pyproxy.manifest_source import ManifestError, ManifestSource
+from pyproxy.manifests.source import ManifestError, ManifestSource
 from pyproxy.metrics import Metrics
 from pyproxy.model import Change, Kind, ObjectName
 from pyproxy.source import follow
@@ -31,6 +31,7 @@ async def feed_from(options: Options, config: Config, node: str, metrics: Metric
     try:
         if options.manifests:
             source = ManifestSource(Path(options.manifests), node, options.service_cidr)
+            await asyncio.to_thread(source.check)
             return ManifestFeed(source)
         kubeconfig = config.client_connection.kubeconfig
         api = await connect(kubeconfig, options.master, node=node, observe=metrics.rest_request)

@@ -2,7 +2,7 @@
 
 from ipaddress import ip_network
 
-from pyproxy.manifests import Memory, Settings, resolve
+from pyproxy.manifests.resolve import Memory, Settings, resolve
 
 DUAL = (ip_network("10.96.0.0/16"), ip_network("fd00:10:96::/112"))
 SETTINGS = Settings("here", DUAL)

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from pyproxy.manifest_source import ManifestError, ManifestSource
+from pyproxy.manifests.source import ManifestError, ManifestSource
 from pyproxy.model import Node, ObjectName
 
 CIDRS = ("10.96.0.0/16", "fd00:10:96::/112")

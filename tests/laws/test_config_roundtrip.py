@@ -18,8 +18,8 @@ from pyproxy.config import (
     Winkernel,
     with_defaults,
 )
-from pyproxy.config_file import dump, load
-from pyproxy.config_text import duration_text, parse_duration
+from pyproxy.config.file import dump, load
+from pyproxy.config.text import duration_text, parse_duration
 
 texts = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12)
 int32 = st.integers(-(2**31), 2**31 - 1)

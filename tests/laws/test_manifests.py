@@ -5,8 +5,8 @@ from ipaddress import ip_address, ip_network
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pyproxy.manifest_allocation import Band, Slot, allocate
-from pyproxy.manifests import Manifests, Memory, Settings, resolve
+from pyproxy.manifests.allocation import Band, Slot, allocate
+from pyproxy.manifests.resolve import Manifests, Memory, Settings, resolve
 from pyproxy.model import ObjectName
 from tests.manifest_builders import SETTINGS, hand_written, node, pod, service
 

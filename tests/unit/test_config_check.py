@@ -2,7 +2,7 @@
 import pytest
 
 from pyproxy.config import Config, VModule, with_mode, with_setting
-from pyproxy.config_check import FamilyProblems, family_problems, validate, warnings
+from pyproxy.config.check import FamilyProblems, family_problems, validate, warnings
 
 
 def config_with(**settings):

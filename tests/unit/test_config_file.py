@@ -11,8 +11,8 @@ from pyproxy.config import (
     LogStream,
     VModule,
 )
-from pyproxy.config_file import dump, load
-from pyproxy.config_text import ConfigError
+from pyproxy.config.file import dump, load
+from pyproxy.config.text import ConfigError
 
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pyproxy.config_text import (
+from pyproxy.config.text import (
     address_problem,
     did_you_mean,
     duration_text,

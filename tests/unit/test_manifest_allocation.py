@@ -4,7 +4,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from pyproxy.manifest_allocation import (
+from pyproxy.manifests.allocation import (
     CLUSTER_IP,
     NODE_PORTS,
     Allocation,

@@ -4,7 +4,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from pyproxy.manifests import Settings
+from pyproxy.manifests.resolve import Settings
 from tests.manifest_builders import faults, hand_written, node, pod, resolved, service
 
 IPV4_ONLY = Settings("here", (ip_network("10.96.0.0/16"),))

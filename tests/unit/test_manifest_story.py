@@ -1,6 +1,6 @@
 """Manifest files that change: what is told, what stays, what is remembered."""
 
-from pyproxy.manifests import Manifests, Unreadable
+from pyproxy.manifests.resolve import Manifests, Unreadable
 from pyproxy.model import Node, Replace, ServiceCIDR
 from tests.manifest_builders import SETTINGS, node, service
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pyproxy.manifest_text import ManifestTextError, documents_of
+from pyproxy.manifests.text import ManifestTextError, documents_of
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pyproxy.manifest_text import documents_of
-from pyproxy.manifests import Memory, Settings, resolve
+from pyproxy.manifests.resolve import Memory, Settings, resolve
+from pyproxy.manifests.text import documents_of
 from pyproxy.model import (
     Node,
     ObjectName,

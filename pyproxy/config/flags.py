@@ -7,7 +7,6 @@ from typing import Final, Literal
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from pyproxy import config_file
 from pyproxy.config import (
     HEALTHZ_PORT,
     METRICS_PORT,
@@ -18,10 +17,11 @@ from pyproxy.config import (
     with_mode,
     with_setting,
 )
-from pyproxy.config_file import Loaded
-from pyproxy.config_text import ConfigError, did_you_mean, duration_text, with_port
-from pyproxy.flags_kinds import BOOL, DURATION, Flag, Value
-from pyproxy.flags_table import FLAGS, GROUPS, LOGGING, SHORT
+from pyproxy.config import file as config_file
+from pyproxy.config.file import Loaded
+from pyproxy.config.flags_kinds import BOOL, DURATION, Flag, Value
+from pyproxy.config.flags_table import FLAGS, GROUPS, LOGGING, SHORT
+from pyproxy.config.text import ConfigError, did_you_mean, duration_text, with_port
 
 _USAGE: Final = (
     ("pyproxy run [flags]", "serve this node, until told to stop"),

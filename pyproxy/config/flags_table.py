@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from pyproxy.config import MODES
-from pyproxy.flags_kinds import (
+from pyproxy.config.flags_kinds import (
     BOOL,
     CIDRS,
     DURATION,

@@ -22,7 +22,7 @@ from pyproxy.config import (
     networks_of,
     setting,
 )
-from pyproxy.config_text import (
+from pyproxy.config.text import (
     address_problem,
     did_you_mean,
     duration_text,

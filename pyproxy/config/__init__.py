@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal, NamedTuple, TypeVar
 from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
-from pyproxy.config_text import ConfigError, is_ip, parse_cidr, with_port
+from pyproxy.config.text import ConfigError, is_ip, parse_cidr, with_port
 from pyproxy.model import Family, Network, Node, family_of
 
 Mode = Literal["auto", "userspace", "iptables", "nftables", "ipvs"]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Final, Literal, NamedTuple
 
-from pyproxy.manifest_fields import Document, Field, FieldError
+from pyproxy.manifests.fields import Document, Field, FieldError
 from pyproxy.model import ObjectName
 
 WrittenKind = Literal["Service", "EndpointSlice", "Pod", "Node", "ServiceCIDR"]

@@ -10,8 +10,14 @@ from typing import Final, cast
 
 from msgspec import Struct
 
-from pyproxy.manifest_allocation import CLUSTER_IP, HEALTH_CHECK, Allocation, NumberSpace, Slot
-from pyproxy.manifest_fields import Document, Field, FieldError
+from pyproxy.manifests.allocation import (
+    CLUSTER_IP,
+    HEALTH_CHECK,
+    Allocation,
+    NumberSpace,
+    Slot,
+)
+from pyproxy.manifests.fields import Document, Field, FieldError
 from pyproxy.model import PROTOS, Family, ObjectName, Proto, family_of
 
 TYPES: Final = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")

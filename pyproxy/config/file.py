@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import fields
 
 from pyproxy.config import Config, Quantity, Seconds, VModule, with_defaults
-from pyproxy.config_text import (
+from pyproxy.config.text import (
     ConfigError,
     did_you_mean,
     duration_text,

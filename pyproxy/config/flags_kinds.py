@@ -7,7 +7,7 @@ from typing import Final
 from msgspec import Struct
 
 from pyproxy.config import VModule
-from pyproxy.config_text import (
+from pyproxy.config.text import (
     address_problem,
     did_you_mean,
     int32,

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from pyproxy.ip import parse_network
-from pyproxy.manifest_objects import Documents
-from pyproxy.manifest_text import ManifestTextError, documents_of
-from pyproxy.manifests import Manifests, Settings, Step, Unreadable
+from pyproxy.manifests.objects import Documents
+from pyproxy.manifests.resolve import Manifests, Settings, Step, Unreadable
+from pyproxy.manifests.text import ManifestTextError, documents_of
 from pyproxy.model import Change, Network
 
 SUFFIXES: Final = (".yaml", ".yml", ".json")

@@ -11,10 +11,23 @@ from msgspec import Struct
 
 from pyproxy.decode import DecodeError, decode_object
 from pyproxy.events import Skipped
-from pyproxy.manifest_allocation import NODE_PORTS, Band, NumberSpace, Slot, addresses, allocate
-from pyproxy.manifest_endpoints import PodIndex, complete_slice, read_pod, read_zone, slices_of
-from pyproxy.manifest_fields import Document, FieldError
-from pyproxy.manifest_objects import (
+from pyproxy.manifests.allocation import (
+    NODE_PORTS,
+    Band,
+    NumberSpace,
+    Slot,
+    addresses,
+    allocate,
+)
+from pyproxy.manifests.endpoints import (
+    PodIndex,
+    complete_slice,
+    read_pod,
+    read_zone,
+    slices_of,
+)
+from pyproxy.manifests.fields import Document, FieldError
+from pyproxy.manifests.objects import (
     Documents,
     Fault,
     Homes,
@@ -24,7 +37,7 @@ from pyproxy.manifest_objects import (
     WrittenKind,
     read_objects,
 )
-from pyproxy.manifest_services import FAMILY_NAMES, ServiceDraft, complete, read_service
+from pyproxy.manifests.services import FAMILY_NAMES, ServiceDraft, complete, read_service
 from pyproxy.model import (
     PROTOS,
     ApiObject,

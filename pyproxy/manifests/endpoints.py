@@ -10,8 +10,8 @@ from typing import Final, NamedTuple
 
 from msgspec import Struct
 
-from pyproxy.manifest_fields import Document, Field
-from pyproxy.manifest_services import FAMILY_NAMES, PortDraft, ServiceDraft
+from pyproxy.manifests.fields import Document, Field
+from pyproxy.manifests.services import FAMILY_NAMES, PortDraft, ServiceDraft
 from pyproxy.model import PROTOS, Family, ObjectName, family_of
 
 SERVICE_LABEL: Final = "kubernetes.io/service-name"

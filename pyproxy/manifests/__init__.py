@@ -1,0 +1,1 @@
+"""Services from manifest files, for a Linux machine without a cluster."""
