@@ -12,7 +12,13 @@ from pyproxy.proxier._sockets import attach_guard, detach_guard, listening, why_
 from pyproxy.proxier._tcp import TcpFront, TcpRelay
 from pyproxy.proxier._udp import UdpFront, UdpRelay
 from pyproxy.rules.guard import DROP_ALL, Program, guard
-from pyproxy.rules.listeners import Listener, Surroundings, needs_guard, stance
+from pyproxy.rules.listeners import (
+    Listener,
+    Surroundings,
+    needs_guard,
+    owns_address,
+    stance,
+)
 
 WILDCARD: Mapping[Family, str] = {4: "0.0.0.0", 6: "::"}
 
@@ -24,6 +30,7 @@ class Held(Struct):
 
     listener: Listener
     front: TcpFront | UdpFront | None
+    foreign: bool = False  # nothing but the port makes the address ours
 
 
 class Fronts:
@@ -59,6 +66,10 @@ class Fronts:
             return "SCTP is for the kernel modes: nftables, iptables or ipvs"
         held = self._held.get(frontend)
         front = held.front if held is not None else None
+        foreign = self._is_foreign(frontend, listener)
+        if front is not None and held is not None and held.foreign != foreign:
+            front.close()
+            front = None
         if stance(listener.route) == "refuse":
             if front is not None:
                 front.close()
@@ -73,7 +84,7 @@ class Fronts:
                 self.close(frontend)
                 return why_not(error, frontend.port)
         self._own(frontend, listener, held)
-        self._held[frontend] = Held(listener, front)
+        self._held[frontend] = Held(listener, front, foreign)
         return None
 
     def close(self, frontend: Frontend) -> ServicePortName | None:
@@ -120,7 +131,14 @@ class Fronts:
         program = self._program(listener)
         try:
             sockets.extend(
-                listening(ip, frontend.port, frontend.proto, program, wildcard=wildcard)
+                listening(
+                    ip,
+                    frontend.port,
+                    frontend.proto,
+                    program,
+                    wildcard=wildcard,
+                    transparent=self._is_foreign(frontend, listener),
+                )
                 for ip in ips
             )
         except OSError:
@@ -130,6 +148,10 @@ class Fronts:
         if frontend.proto == "TCP":
             return TcpFront(self._tcp, sockets, listener, picker)
         return UdpFront(self._udp, sockets, listener, picker, wildcard=wildcard)
+
+    def _is_foreign(self, frontend: Frontend, listener: Listener) -> bool:
+        own = self._around.node_ips
+        return bool(frontend.ip) and not owns_address(listener.route) and frontend.ip not in own
 
     def _protect(self, sockets: Sequence[socket.socket], listener: Listener) -> None:
         program = self._program(listener)

@@ -9,8 +9,12 @@ from contextlib import suppress
 from pyproxy.model import Proto
 from pyproxy.rules.guard import Program
 
-IP_FREEBIND = 15
-IPV6_FREEBIND = 78
+OPTIONS = {
+    ("freebind", socket.IPPROTO_IP): 15,
+    ("freebind", socket.IPPROTO_IPV6): 78,
+    ("transparent", socket.IPPROTO_IP): 19,
+    ("transparent", socket.IPPROTO_IPV6): 75,
+}
 IP_PKTINFO = 8
 SO_ATTACH_FILTER = 26
 SO_DETACH_FILTER = 27
@@ -19,35 +23,42 @@ EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 def listening(
-    ip: str, port: int, proto: Proto, guard: Program | None = None, *, wildcard: bool
+    ip: str,
+    port: int,
+    proto: Proto,
+    guard: Program | None = None,
+    *,
+    wildcard: bool,
+    transparent: bool = False,
 ) -> socket.socket:
     """Return a non-blocking socket for a frontend, guarded from the start. Raises ``OSError``.
 
     SO_REUSEPORT lets the wildcard socket of a node port stand beside the socket of a Service
     address with the same port; a socket of another program without it still shuts us out.
     IP_FREEBIND lets us listen before the address is local, so that it is never local without.
+    ``transparent`` is for an address that is not ours but for the port; it needs CAP_NET_ADMIN.
     """
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    kind = socket.SOCK_STREAM if proto == "TCP" else socket.SOCK_DGRAM
-    sock = socket.socket(family, kind)
+    sock = socket.socket(family, socket.SOCK_STREAM if proto == "TCP" else socket.SOCK_DGRAM)
+    level = socket.IPPROTO_IPV6 if family == socket.AF_INET6 else socket.IPPROTO_IP
     try:
         sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for name in ["freebind", *(["transparent"] if transparent else [])]:
+            sock.setsockopt(level, OPTIONS[name, level], 1)
+        if level == socket.IPPROTO_IPV6:
+            sock.setsockopt(level, socket.IPV6_V6ONLY, 1)
+        if guard is not None:
+            attach_guard(sock, guard)
         if proto == "TCP":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
-        else:
-            sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
-        if proto == "UDP" and wildcard:
-            ask_for_local_address(sock)
-        if guard is not None:
-            attach_guard(sock, guard)
-        sock.bind((ip, port))
-        if proto == "TCP":
+            sock.bind((ip, port))
             sock.listen(BACKLOG)
+        else:
+            if wildcard:
+                ask_for_local_address(sock)
+            sock.bind((ip, port))
     except OSError:
         sock.close()
         raise
@@ -87,6 +98,8 @@ def why_not(error: OSError, port: int) -> str:
     match error.errno:
         case errno.EADDRINUSE:
             return f"port {port} is taken by another program on this node"
+        case errno.EPERM:
+            return "an address of others needs root, or CAP_NET_ADMIN"
         case errno.EACCES:
             return f"port {port} is privileged: run as root, or with CAP_NET_BIND_SERVICE"
         case code if code in EXHAUSTED:

@@ -1,8 +1,13 @@
-"""Makes Service addresses local to this node: ``ip route add local ADDRESS dev lo proto 98``.
+"""Leads packets for Service addresses to this node's sockets, by routes of type local.
 
-The routing protocol number marks the routes as ours, so that a restart finds what an earlier
-process left. They carry the node's address as their preferred source: without it, the node's
-own connections to a Service would come from the Service's address.
+A cluster IP belongs to nobody else: the whole address becomes local,
+``ip route add local ADDRESS dev lo proto 98``. An external or load balancer IP may well be the
+address of another machine (people list their nodes in externalIPs): only the ports of Services
+become local, by a routing table for each port, ``ip rule add ipproto tcp dport 80 lookup TABLE``.
+
+The routing protocol number marks routes and rules as ours, so that a restart finds what an
+earlier process left. Routes carry the node's address as their preferred source: without it, the
+node's own connections to a Service would come from the Service's address.
 """
 
 import errno
@@ -10,26 +15,44 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
-from pyproxy.model import Family
+from pyproxy.model import Family, Frontend, Proto
 from pyproxy.proxier._netlink import NLM_F_CREATE, NLM_F_EXCL, Message, Netlink, attributes
 from pyproxy.proxier._netlink import attribute as attr
 
-RTM_NEWROUTE = 24
-RTM_DELROUTE = 25
-RTM_GETROUTE = 26
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 RTN_LOCAL = 2
 RT_SCOPE_HOST = 254
 RT_TABLE_LOCAL = 255
 RTPROT_PYPROXY = 98
-RTA_DST = 1
-RTA_OIF = 4
-RTA_PREFSRC = 7
-ROUTE = struct.Struct("=BBBBBBBBI")
+RULE_PRIORITY = 98  # after the table of the node's own addresses, before all others
+FR_ACT_TO_TABLE = 1
+RTA_DST, RTA_OIF, RTA_PREFSRC, RTA_TABLE = 1, 4, 7, 15
+FRA_PRIORITY, FRA_TABLE, FRA_PROTOCOL, FRA_IP_PROTO, FRA_DPORT_RANGE = 6, 15, 21, 22, 24
+ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg, and struct fib_rule_hdr has the same form
+PORT_TABLES = 0x62000000  # | protocol << 16 | port: a table of our own for each
+PROTOCOLS: Mapping[Proto, int] = {"TCP": socket.IPPROTO_TCP, "UDP": socket.IPPROTO_UDP}
+
+
+class Vip(NamedTuple):
+    """An address to be led here; ``table`` says for which packets."""
+
+    ip: str
+    table: int
+
+
+def whole_address(ip: str) -> Vip:
+    return Vip(ip, RT_TABLE_LOCAL)
+
+
+def one_port(frontend: Frontend) -> Vip:
+    return Vip(frontend.ip, PORT_TABLES | PROTOCOLS[frontend.proto] << 16 | frontend.port)
 
 
 class Vips:
-    """The local routes of one family that are ours."""
+    """The local routes of one family that are ours, and the rules that lead to their tables."""
 
     def __init__(self, family: Family, source: str | None) -> None:
         self._family = socket.AF_INET if family == 4 else socket.AF_INET6
@@ -37,69 +60,100 @@ class Vips:
         self._source = source
         self._loopback = socket.if_nametoindex("lo")
         self._netlink = Netlink()
+        self._rules: set[int] = set()  # tables that a rule leads to
 
     def close(self) -> None:
         self._netlink.close()
 
-    def listed(self) -> set[str]:
-        """Return the addresses that our routes make local, whichever process made them."""
-        query = self._route(0, protocol=RTPROT_PYPROXY)
-        found: set[str] = set()
-        for body in self._netlink.dump(RTM_GETROUTE, query):
+    def listed(self) -> set[Vip]:
+        """Return what our routes lead here, whichever process made them. Raises ``OSError``."""
+        self._rules = self._listed_rules()
+        found: set[Vip] = set()
+        for body in self._netlink.dump(RTM_GETROUTE, self._header(0)):
             _family, bits, _src, _tos, table, protocol, *_rest = ROUTE.unpack_from(body)
-            if (bits, table, protocol) == (self._bits, RT_TABLE_LOCAL, RTPROT_PYPROXY):
-                found.update(
-                    socket.inet_ntop(self._family, value)
-                    for kind, value in attributes(body, ROUTE.size)
-                    if kind == RTA_DST
-                )
+            values = dict(attributes(body, ROUTE.size))
+            if RTA_TABLE in values:
+                table = struct.unpack("=I", values[RTA_TABLE])[0]
+            if bits == self._bits and protocol == RTPROT_PYPROXY and RTA_DST in values:
+                found.add(Vip(socket.inet_ntop(self._family, values[RTA_DST]), table))
         return found
 
-    def add(self, ips: Iterable[str]) -> Mapping[str, str]:
-        """Make addresses local; return why not, for each that cannot be.
+    def add(self, vips: Iterable[Vip]) -> Mapping[Vip, str]:
+        """Lead addresses here; return why not, for each that cannot be.
 
         An address that an interface of the node has is local already, and stays its own.
         """
-        wanted = list(ips)
-        failed = self._carry_out(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, wanted, self._source)
-        invalid = [ip for ip, code in failed.items() if code == errno.EINVAL]
+        wanted = list(vips)
+        failed = self._routes(RTM_NEWROUTE, wanted, self._source)
+        invalid = [vip for vip, code in failed.items() if code == errno.EINVAL]
         if invalid and self._source is not None:  # the node does not have the address it should
-            for ip in invalid:
-                del failed[ip]
-            failed |= self._carry_out(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, invalid, None)
+            for vip in invalid:
+                del failed[vip]
+            failed |= self._routes(RTM_NEWROUTE, invalid, None)
+        failed |= self._lead_to({vip.table for vip in wanted}, wanted)
         return {
-            ip: f"cannot make {ip} local to this node: {os.strerror(code)}"
-            for ip, code in failed.items()
+            vip: f"cannot make {vip.ip} local to this node: {os.strerror(code)}"
+            for vip, code in failed.items()
             if code != errno.EEXIST
         }
 
-    def remove(self, ips: Iterable[str]) -> Mapping[str, str]:
-        """Remove our routes to these addresses; return why not, for each that is still there."""
-        failed = self._carry_out(RTM_DELROUTE, 0, list(ips), None)
+    def remove(self, vips: Iterable[Vip], left: Iterable[Vip] = ()) -> Mapping[Vip, str]:
+        """Remove our routes; return why not, for each that is still there.
+
+        The rules of tables that are not among those of ``left`` go first.
+        """
+        gone = list(vips)
+        unused = self._rules - {vip.table for vip in left}
+        self._netlink.carry_out([self._rule(RTM_DELRULE, table) for table in unused])
+        self._rules -= unused
+        failed = self._routes(RTM_DELROUTE, gone, None)
         return {
-            ip: f"cannot remove the route to {ip}: {os.strerror(code)}"
-            for ip, code in failed.items()
+            vip: f"cannot remove the route to {vip.ip}: {os.strerror(code)}"
+            for vip, code in failed.items()
             if code != errno.ESRCH
         }
 
-    def _carry_out(
-        self, kind: int, flags: int, ips: list[str], source: str | None
-    ) -> dict[str, int]:
-        messages = [Message(kind, flags, self._body(ip, source)) for ip in ips]
+    def _routes(self, kind: int, vips: list[Vip], source: str | None) -> dict[Vip, int]:
+        flags = NLM_F_CREATE | NLM_F_EXCL if kind == RTM_NEWROUTE else 0
+        messages = [Message(kind, flags, self._body(vip, source)) for vip in vips]
         codes = self._netlink.carry_out(messages)
-        return {ip: code for ip, code in zip(ips, codes, strict=True) if code}
+        return {vip: code for vip, code in zip(vips, codes, strict=True) if code}
 
-    def _body(self, ip: str, source: str | None) -> bytes:
-        body = self._route(self._bits, protocol=RTPROT_PYPROXY)
-        body += attr(RTA_DST, socket.inet_pton(self._family, ip))
+    def _lead_to(self, tables: set[int], vips: list[Vip]) -> dict[Vip, int]:
+        missing = sorted(tables - self._rules - {RT_TABLE_LOCAL})
+        codes = self._netlink.carry_out([self._rule(RTM_NEWRULE, table) for table in missing])
+        failed = {t: c for t, c in zip(missing, codes, strict=True) if c not in (0, errno.EEXIST)}
+        self._rules.update(set(missing) - failed.keys())
+        return {vip: failed[vip.table] for vip in vips if vip.table in failed}
+
+    def _listed_rules(self) -> set[int]:
+        tables: set[int] = set()
+        for body in self._netlink.dump(RTM_GETRULE, ROUTE.pack(self._family, *[0] * 8)):
+            values = dict(attributes(body, ROUTE.size))
+            if values.get(FRA_PROTOCOL) == bytes([RTPROT_PYPROXY]) and FRA_TABLE in values:
+                tables.add(struct.unpack("=I", values[FRA_TABLE])[0])
+        return tables
+
+    def _rule(self, kind: int, table: int) -> Message:
+        protocol, port = table >> 16 & 0xFF, table & 0xFFFF
+        body = ROUTE.pack(self._family, 0, 0, 0, 0, 0, 0, FR_ACT_TO_TABLE, 0)
+        body += attr(FRA_PRIORITY, struct.pack("=I", RULE_PRIORITY))
+        body += attr(FRA_TABLE, struct.pack("=I", table))
+        body += attr(FRA_PROTOCOL, bytes([RTPROT_PYPROXY]))
+        body += attr(FRA_IP_PROTO, bytes([protocol]))
+        body += attr(FRA_DPORT_RANGE, struct.pack("=HH", port, port))
+        return Message(kind, NLM_F_CREATE | NLM_F_EXCL if kind == RTM_NEWRULE else 0, body)
+
+    def _body(self, vip: Vip, source: str | None) -> bytes:
+        body = self._header(self._bits)
+        body += attr(RTA_DST, socket.inet_pton(self._family, vip.ip))
+        body += attr(RTA_TABLE, struct.pack("=I", vip.table))
         body += attr(RTA_OIF, struct.pack("=I", self._loopback))
         if source is not None:
             body += attr(RTA_PREFSRC, socket.inet_pton(self._family, source))
         return body
 
-    def _route(self, bits: int, *, protocol: int) -> bytes:
-        scope = RT_SCOPE_HOST if self._family == socket.AF_INET else 0
-        return ROUTE.pack(
-            self._family, bits, 0, 0, RT_TABLE_LOCAL, protocol, scope if bits else 0,
-            RTN_LOCAL if bits else 0, 0,
-        )  # fmt: skip
+    def _header(self, bits: int) -> bytes:
+        scope = RT_SCOPE_HOST if bits and self._family == socket.AF_INET else 0
+        kind = RTN_LOCAL if bits else 0
+        return ROUTE.pack(self._family, bits, 0, 0, 0, RTPROT_PYPROXY, scope, kind, 0)

@@ -20,9 +20,9 @@ from pyproxy.proxier._host import LOOPBACK
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
 from pyproxy.proxier._unclaimed import Unclaimed, Unsupported
-from pyproxy.proxier._vips import Vips
+from pyproxy.proxier._vips import Vip, Vips, one_port, whole_address
 from pyproxy.reconcile import ApplyError, Proxier, Reconciler
-from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, vips
+from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
 DRAIN_SECONDS = 5.0
@@ -68,7 +68,7 @@ class Frontends:
         self._udp = UdpRelay(self._surroundings, timeouts, partial(observe, "UDP"))
         self._fronts = Fronts(env.family, self._tcp, self._udp)
         self._pickers: dict[ServicePortName, Picker] = {}
-        self._local: set[str] = set()  # addresses with a route of ours
+        self._local: set[Vip] = set()  # what has a route of ours
         self._vips: Vips | None = None
         self._unclaimed: Unclaimed | None = None
         env.host.on_change(self._look_around)
@@ -97,9 +97,9 @@ class Frontends:
             refused |= self._serve(owner, listeners)
             if count % OPENED_AT_ONCE == 0:
                 await asyncio.sleep(0)
-        wanted = vips(self._fronts.held() - delta.removed.keys())
+        wanted = self._wanted(self._fronts.held() - delta.removed.keys())
         refused |= self._make_local(wanted)
-        self._unroute(self._local - wanted)
+        self._unroute(self._local - wanted.keys())
         self._close(delta.removed)
         return refused
 
@@ -144,32 +144,44 @@ class Frontends:
                 self._unclaimed.claim(frontend)
         return refused
 
-    def _make_local(self, wanted: set[str]) -> dict[Frontend, str]:
-        """Route the addresses to this node; close and return the frontends of those that fail."""
+    def _wanted(self, frontends: Iterable[Frontend]) -> dict[Vip, list[Frontend]]:
+        """Return what must be led here for these frontends, and which of them need it."""
         own = self._around.node_ips
-        missing = {ip for ip in wanted - self._local if ip not in own and not is_loopback(ip)}
+        wanted: dict[Vip, list[Frontend]] = {}
+        for frontend in frontends:
+            ip = frontend.ip
+            if ip and ip not in own and not is_loopback(ip):
+                whole = owns_address(self._fronts.listener(frontend).route)
+                vip = whole_address(ip) if whole else one_port(frontend)
+                wanted.setdefault(vip, []).append(frontend)
+        return wanted
+
+    def _make_local(self, wanted: Mapping[Vip, list[Frontend]]) -> dict[Frontend, str]:
+        """Lead the addresses to this node; close and return the frontends of those that fail."""
         assert self._vips is not None, "adopt comes before apply"
+        missing = wanted.keys() - self._local
         failed = self._vips.add(missing)
-        for ip in missing - failed.keys():
-            self._local.add(ip)
-            if self._unclaimed is not None:
-                self._unclaimed.watch(ip)
-        lost = {f: failed[f.ip] for f in self._fronts.held() if f.ip in failed} if failed else {}
+        for vip in missing - failed.keys():
+            self._local.add(vip)
+            if self._unclaimed is not None and vip == whole_address(vip.ip):
+                self._unclaimed.watch(vip.ip)
+        lost = {frontend: why for vip, why in failed.items() for frontend in wanted[vip]}
         owners = {frontend: self._fronts.listener(frontend).owner for frontend in lost}
         self._close(lost)
         return {
             frontend: f"{owners[frontend]}: {frontend}: {why}" for frontend, why in lost.items()
         }
 
-    def _unroute(self, ips: set[str]) -> None:
-        if not ips:
+    def _unroute(self, gone: set[Vip]) -> None:
+        if not gone:
             return
         assert self._vips is not None, "adopt comes before apply"
-        self._vips.remove(ips)
-        self._local -= ips
+        self._local -= gone
+        self._vips.remove(gone, self._local)
         if self._unclaimed is not None:
-            for ip in ips:
-                self._unclaimed.unwatch(ip)
+            for vip in gone:
+                if vip == whole_address(vip.ip):
+                    self._unclaimed.unwatch(vip.ip)
 
     def _close(self, frontends: Iterable[Frontend]) -> None:
         for frontend in frontends:

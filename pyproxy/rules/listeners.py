@@ -1,6 +1,6 @@
 """The frontends of the userspace mode: which of them listen, and to whom."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Literal
 
@@ -92,6 +92,6 @@ def needs_guard(route: Route) -> bool:
     return route.allowed_sources is not None or any(isinstance(a, Drop) for a in actions)
 
 
-def vips(frontends: Iterable[Frontend]) -> set[str]:
-    """Return the addresses that must be local to the node; node ports have none of their own."""
-    return {frontend.ip for frontend in frontends if frontend.ip}
+def owns_address(route: Route) -> bool:
+    """Say whether a frontend's whole address is its Service's, and not another machine's."""
+    return route.kind == "ClusterIP"

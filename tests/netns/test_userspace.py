@@ -354,17 +354,34 @@ async def test_an_address_that_is_given_up_is_no_longer_local():
         assert await node.ask(node.vip(2)) == b"a ?"
 
 
+@both
+async def test_of_an_address_of_others_only_the_port_is_taken(family):
+    other = "203.0.113.7" if family == 4 else "2001:db8::7"
+    async with Backend(family, "a") as a, proxied(family) as node:
+        await node.service("web", 1, external_ips=(other,))
+        await node.service("dns", 2, port=53, proto="UDP", external_ips=(other,))
+        await node.endpoints("web", a.address)
+        await node.endpoints("dns", a.address, proto="UDP")
+        assert await node.ask(other) == b"a ?"
+        assert await node.ask_udp(other, 53) == b"a ?"
+        for port in (53, 81):  # not ours: it goes where the node's routes lead, here nowhere
+            assert "unreachable" in (await outcome(node.ask(other, port))).lower()
+        await node.service("web", 1)
+        assert "unreachable" in (await outcome(node.ask(other))).lower()
+        assert await node.ask_udp(other, 53) == b"a ?"
+
+
 async def test_what_an_earlier_process_left_is_taken_over_or_removed():
     async with Backend(4, "a") as a:
         async with proxied(4) as node:
             await node.service("web", 1)
             await node.endpoints("web", a.address)
-            from pyproxy.proxier._vips import Vips
+            from pyproxy.proxier._vips import Vips, whole_address
 
             routes = Vips(4, None)
-            routes.add(["10.96.0.77"])
+            routes.add([whole_address("10.96.0.77")])
             node.carrier.distrust()
             await node.service("api", 2)
-            assert routes.listed() == {"10.96.0.1", "10.96.0.2"}
+            assert {vip.ip for vip in routes.listed()} == {"10.96.0.1", "10.96.0.2"}
         assert routes.listed() == set()
         routes.close()
