@@ -2,7 +2,7 @@
 
 Values that exist by the hundred thousand are frozen msgspec structs: they are built in C and
 take half the memory of a dataclass. Keys are named tuples. Addresses are canonical strings, made
-so once, by ``decode`` (``canonical_ip``); only source ranges keep the types of ``ipaddress``.
+so once, by ``ip.canonical_ip``; only source ranges keep the types of ``ipaddress``.
 """
 
 from collections.abc import Mapping
@@ -112,7 +112,7 @@ class Service(Struct, frozen=True):
     warnings: tuple[str, ...] = ()  # what was wrong with it and ignored, for the log
 
 
-class Endpoint(Struct, frozen=True):
+class Endpoint(Struct, frozen=True, gc=False):
     """A member of a Service, with its conditions. Addresses of an EndpointSlice end up here."""
 
     address: Address
