@@ -11,7 +11,7 @@ import tracemalloc
 from collections.abc import Callable
 from time import perf_counter
 
-from pyproxy.decode import decode_event
+from pyproxy.kube.decode import decode_event
 from pyproxy.model import Kind
 
 ROUNDS = 3

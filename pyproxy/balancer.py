@@ -139,7 +139,7 @@ class Turn:
         return address
 
 
-def turn_of(pool: Pool) -> tuple[Address, ...]:
+def turn_of(pool: Pool, *, longest: int = LONGEST_TURN) -> tuple[Address, ...]:
     """Return one cycle of a pool: each backend as often as its weight says, spread out.
 
     ``rr`` gives every backend the same share, whatever its weight.
@@ -147,15 +147,15 @@ def turn_of(pool: Pool) -> tuple[Address, ...]:
     addresses = tuple(b.address for b in pool.backends)
     if pool.scheduler == "rr":
         return addresses
-    weights = scaled([b.weight for b in pool.backends])
+    weights = scaled([b.weight for b in pool.backends], longest)
     return tuple(addresses[index] for index in smooth(weights))
 
 
-def scaled(weights: list[int]) -> list[int]:
+def scaled(weights: list[int], longest: int) -> list[int]:
     """Return small weights in the same proportions, nearly so where the turn would be too long."""
     divisor = reduce(gcd, weights)
     reduced = [weight // divisor for weight in weights]
-    limit = max(LONGEST_TURN, len(weights))
+    limit = max(longest, len(weights))
     if sum(reduced) <= limit:
         return reduced
     factor = limit / sum(reduced)

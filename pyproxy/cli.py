@@ -11,14 +11,18 @@ import yaml
 
 from pyproxy import __version__, proxier
 from pyproxy.config import Config, gate, node_name, with_mode
-from pyproxy.config_check import validate, warnings
-from pyproxy.config_file import dump
-from pyproxy.config_text import ConfigError, did_you_mean
-from pyproxy.flags import Options, effective_config, flag_values, help_text, parse
+from pyproxy.config.check import validate, warnings
+from pyproxy.config.file import Loaded, dump
+from pyproxy.config.flags import Options, effective_config, flag_values, help_text, parse
+from pyproxy.config.text import ConfigError, did_you_mean
 
 COMMANDS = ("run", "demo", "cleanup", "version", "help")
 
 log = logging.getLogger(__name__)
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; each argument is one line for a terminal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,21 +59,45 @@ def run(options: Options) -> int:
         return show(f"pyproxy {__version__}")
     hostname = socket.gethostname()
     try:
-        text = Path(options.config).read_text() if options.config else None
-    except OSError as error:
-        return fail(f"--config {options.config}: {error.strerror}")
-    loaded = effective_config(options, text, hostname)
-    config = loaded.config
-    if problems := validate(config):
-        return fail(*problems)
+        text = file_text(options)
+        config, oddities = loaded(options, text, hostname)
+    except SettingsError as error:
+        return fail(*error.args)
     if options.write_config_to:
         return write_config(config, Path(options.write_config_to))
     from pyproxy.log import setup
 
     setup(config.logging)
-    for warning in loaded.warnings:
-        log.warning(warning)
-    return clean_up() if options.cleanup else serve(options, config, node_name(config, hostname))
+    for oddity in oddities:
+        log.warning(oddity)
+    if options.cleanup:
+        return clean_up()
+    return serve(options, config, node_name(config, hostname), text)
+
+
+def file_text(options: Options) -> str | None:
+    """Return what the configuration file says, if there is one. Raises ``SettingsError``."""
+    if not options.config:
+        return None
+    try:
+        return Path(options.config).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"--config {options.config}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start} is not UTF-8"
+        raise SettingsError(f"--config {options.config}: {problem}") from error
+
+
+def loaded(options: Options, text: str | None, hostname: str) -> Loaded:
+    """Return the settings in effect. Raises ``SettingsError``."""
+    where = f"--config {options.config}: " if options.config else ""
+    try:
+        found = effective_config(options, text, hostname)
+    except ConfigError as error:
+        raise SettingsError(f"{where}{error}") from error
+    if problems := validate(found.config):
+        raise SettingsError(*(where + problem for problem in problems))
+    return found
 
 
 def write_config(config: Config, path: Path) -> int:
@@ -80,15 +108,13 @@ def write_config(config: Config, path: Path) -> int:
     return 0
 
 
-def serve(options: Options, config: Config, node: str) -> int:
+def serve(options: Options, config: Config, node: str, text: str | None) -> int:
     """Run until a signal or a reason to end; exit code 1 for the latter."""
     try:
         config = with_mode(config, resolved_mode(config.mode))
     except LookupError as error:
         return fail(str(error))
-    for warning in warnings(config):
-        log.warning(warning)
-    return in_loop(options.event_loop, lambda: serving(options, config, node))
+    return in_loop(options.event_loop, lambda: serving(options, config, node, text))
 
 
 def resolved_mode(name: str) -> str:
@@ -104,7 +130,7 @@ def resolved_mode(name: str) -> str:
     return name
 
 
-async def serving(options: Options, config: Config, node: str) -> int:
+async def serving(options: Options, config: Config, node: str, text: str | None) -> int:
     from pyproxy.app import App, Fatal, Settings
     from pyproxy.feeds import FeedError, feed_from
     from pyproxy.metrics import Metrics
@@ -117,9 +143,6 @@ async def serving(options: Options, config: Config, node: str) -> int:
         until_changed,
     )
 
-    calm_collector()
-    adjust_oom_score(config.oom_score_adj)
-    files = raise_file_limit()
     settings = Settings(
         config=config,
         node_name=node,
@@ -130,12 +153,16 @@ async def serving(options: Options, config: Config, node: str) -> int:
     )
     metrics = Metrics(config.mode, settings.families)
     metrics.features(enabled_features(config))
-    log.info(
-        "pyproxy", extra={"version": __version__, "mode": config.mode, "node": node, "files": files}
-    )
     try:
         feed = await feed_from(options, config, node, metrics)
-        watchdogs = [until_changed(Path(options.config))] if options.config else []
+        for warning in warnings(config):
+            log.warning(warning)
+        calm_collector()
+        adjust_oom_score(config.oom_score_adj)
+        files = raise_file_limit()
+        known = {"version": __version__, "mode": config.mode, "node": node, "files": files}
+        log.info("pyproxy", extra=known)
+        watchdogs = [until_changed(Path(options.config), text)] if text is not None else []
         await App(settings, feed, metrics, SystemClock()).run(*watchdogs)
     except (Fatal, FeedError) as error:
         return fail(str(error))

@@ -9,13 +9,13 @@ from random import Random
 from pyproxy.app import Fatal, Feed
 from pyproxy.config import Config
 from pyproxy.config.flags import Options
-from pyproxy.kubeapi import KubeApi, Regarding, connect
-from pyproxy.kubeclient import SourceError
+from pyproxy.kube.access import SourceError
+from pyproxy.kube.api import KubeApi, Regarding, connect
+from pyproxy.kube.source import follow
+from pyproxy.kube.watch import WatchMachine
 from pyproxy.manifests.source import ManifestError, ManifestSource
 from pyproxy.metrics import Metrics
 from pyproxy.model import Change, Kind, ObjectName
-from pyproxy.source import follow
-from pyproxy.watch import WatchMachine
 
 KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node", "ServiceCIDR")
 

@@ -63,17 +63,28 @@ def families() -> tuple[Family, ...]:
     return (4, 6) if has_ipv6 else (4,)
 
 
-async def until_changed(path: Path) -> None:
-    """Watch a configuration file. Raises ``Fatal`` when its content may be another.
+async def until_changed(path: Path, text: str) -> None:
+    """Watch a configuration file that said ``text``. Raises ``Fatal`` when it may say another.
 
     A file that vanishes is waited for: that is how editors and ConfigMaps replace one.
     """
     before = identity(path)
-    while True:
+    changed = not says(path, text)  # while we started
+    while not changed:
         await asyncio.sleep(CONFIG_POLL_SECONDS)
         now = identity(path)
-        if now is not None and now != before:
-            raise Fatal(f"configuration updated: {path} changed, a restart reads it")
+        changed = now is not None and now != before
+    raise Fatal(f"configuration updated: {path} changed, a restart reads it")
+
+
+def says(path: Path, text: str) -> bool:
+    """Say whether the file still has this text, as far as it can be read."""
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except OSError:
+        return True
+    except UnicodeDecodeError:
+        return False
 
 
 def identity(path: Path) -> tuple[int, int, int] | None:

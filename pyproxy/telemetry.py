@@ -7,9 +7,11 @@ from pyproxy.health import Health
 from pyproxy.log import vlog
 from pyproxy.metrics import Metrics
 from pyproxy.model import (
+    ApiObject,
     Change,
     EndpointSlice,
     Family,
+    Kind,
     ObjectName,
     Proto,
     Remove,
@@ -35,7 +37,7 @@ class Telemetry:
         self._trouble: dict[tuple[str, Family], frozenset[str]] = {}
         self._pending_services = 0
         self._pending_endpoints = 0
-        self._warned: dict[ObjectName, tuple[str, ...]] = {}
+        self._warned: dict[tuple[Kind, ObjectName], tuple[str, ...]] = {}
 
     def started(self, family: Family) -> None:
         now = self._unix()
@@ -73,13 +75,13 @@ class Telemetry:
     def changed(self, change: Change) -> None:
         """Count a change, and log what was odd about its objects, once."""
         match change:
-            case Upsert(obj=obj):
-                self._warn_of(obj)
-            case Replace(objects=objects):
+            case Upsert(kind=kind, obj=obj):
+                self._warn_of(kind, obj)
+            case Replace(kind=kind, objects=objects):
                 for obj in objects:
-                    self._warn_of(obj)
-            case Remove(name=name):
-                self._warned.pop(name, None)
+                    self._warn_of(kind, obj)
+            case Remove(kind=kind, name=name):
+                self._warned.pop((kind, name), None)
 
     def counted(self, change: Change, family: Family, *, concerned: bool) -> None:
         """Count a change; if it ``concerned`` a Service port, it waits for the next sync."""
@@ -100,15 +102,16 @@ class Telemetry:
             case _:
                 raise AssertionError(f"no metric counts connections {result}")
 
-    def _warn_of(self, obj: object) -> None:
+    def _warn_of(self, kind: Kind, obj: ApiObject) -> None:
         if not isinstance(obj, Service | EndpointSlice):
             return
-        if obj.warnings and self._warned.get(obj.name) != obj.warnings:
+        key = (kind, obj.name)
+        if obj.warnings and self._warned.get(key) != obj.warnings:
             for warning in obj.warnings:
-                log.warning("ignored", extra={"object": str(obj.name), "problem": warning})
-            self._warned[obj.name] = obj.warnings
+                log.warning("ignored", extra={"object": f"{kind} {obj.name}", "problem": warning})
+            self._warned[key] = obj.warnings
         elif not obj.warnings:
-            self._warned.pop(obj.name, None)
+            self._warned.pop(key, None)
 
     def _tell_of_failure(self, report: SyncReport) -> None:
         before = self._failing.pop(report.family, None)

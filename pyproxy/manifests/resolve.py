@@ -9,8 +9,8 @@ from typing import Final, NamedTuple, TypeVar
 
 from msgspec import Struct
 
-from pyproxy.decode import DecodeError, decode_object
-from pyproxy.events import Skipped
+from pyproxy.kube.decode import DecodeError, decode_object
+from pyproxy.kube.events import Skipped
 from pyproxy.manifests.allocation import (
     NODE_PORTS,
     Band,

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pyproxy import kubeapi
-from pyproxy.events import Bookmark, Changed
-from pyproxy.kubeapi import Regarding, UnreachableError, connect, split_lines
+from pyproxy.kube import api as kube_api
+from pyproxy.kube.api import Regarding, UnreachableError, connect, split_lines
+from pyproxy.kube.events import Bookmark, Changed
+from pyproxy.kube.source import follow
+from pyproxy.kube.watch import Watch, WatchMachine
 from pyproxy.model import Remove, Replace, Upsert
-from pyproxy.source import follow
-from pyproxy.watch import Watch, WatchMachine
 from tests.fakes.apiserver import FakeApiServer, bookmark
 
 LIMIT_SECONDS = 10.0
@@ -232,7 +232,7 @@ async def test_the_server_selects_for_us(server, kind, resource, selection):
 
 
 async def test_a_list_that_falls_silent_before_its_end_mark_is_left(server, monkeypatch):
-    monkeypatch.setattr(kubeapi, "LIST_SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(kube_api, "LIST_SILENCE_SECONDS", 0.05)
     server.streams = "ignores"
     put(server, "web")
     async with await connect("", server.url, node="here") as api:
@@ -242,7 +242,7 @@ async def test_a_list_that_falls_silent_before_its_end_mark_is_left(server, monk
 
 
 async def test_a_complete_list_may_be_silent(server, monkeypatch):
-    monkeypatch.setattr(kubeapi, "LIST_SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(kube_api, "LIST_SILENCE_SECONDS", 0.05)
     async with await connect("", server.url, node="here") as api:
         events = api.events("Service", Watch("", send_initial_events=True))
         assert await anext(events) == Bookmark("1", is_complete=True)
@@ -272,7 +272,7 @@ async def test_an_unreachable_server_is_observed_too():
 
 def test_a_connection_notices_that_the_other_side_is_gone():
     address = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 0))
-    with kubeapi._guarded_socket(address) as guarded:
+    with kube_api._guarded_socket(address) as guarded:
         assert guarded.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert guarded.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
@@ -292,7 +292,7 @@ def test_bytes_are_split_into_lines(tail, chunk, lines, rest):
 
 
 def test_a_line_without_end_is_no_line(monkeypatch):
-    monkeypatch.setattr(kubeapi, "MAX_LINE", 10)
+    monkeypatch.setattr(kube_api, "MAX_LINE", 10)
     with pytest.raises(UnreachableError, match="more than 10 bytes"):
         split_lines(b"x" * 10, b"x")
 

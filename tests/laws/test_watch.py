@@ -2,7 +2,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from pyproxy.events import (
+from pyproxy.kube.events import (
     Absent,
     Bookmark,
     Changed,
@@ -16,8 +16,8 @@ from pyproxy.events import (
     Unreachable,
     Unreadable,
 )
+from pyproxy.kube.watch import ListPage, WatchMachine
 from pyproxy.model import ObjectName, Remove, Replace, Service, Upsert
-from pyproxy.watch import ListPage, WatchMachine
 from tests.fakes.history import History
 
 FOREIGN = "of another proxy"

@@ -1,6 +1,6 @@
 import pytest
 
-from pyproxy.annotations import (
+from pyproxy.kube.annotations import (
     AnnotationError,
     parse_scheduler,
     parse_trigger_time,

@@ -3,8 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from pyproxy.decode import DecodeError, decode_event, decode_list, decode_object, decode_refusal
-from pyproxy.events import (
+from pyproxy.kube.decode import (
+    DecodeError,
+    decode_event,
+    decode_list,
+    decode_object,
+    decode_refusal,
+)
+from pyproxy.kube.events import (
     Bookmark,
     Changed,
     Deleted,

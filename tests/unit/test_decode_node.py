@@ -1,6 +1,6 @@
 import pytest
 
-from pyproxy.decode import decode_object
+from pyproxy.kube.decode import decode_object
 from pyproxy.model import Node, ServiceCIDR
 
 

@@ -2,8 +2,8 @@ from ipaddress import ip_network
 
 import pytest
 
-from pyproxy.decode import decode_object
-from pyproxy.events import Skipped
+from pyproxy.kube.decode import decode_object
+from pyproxy.kube.events import Skipped
 from pyproxy.model import ObjectName, Service, SpecPort, WeightRule
 
 WEB = ObjectName("default", "web")

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from pyproxy.decode import decode_list, decode_object
-from pyproxy.events import Skipped
+from pyproxy.kube.decode import decode_list, decode_object
+from pyproxy.kube.events import Skipped
 from pyproxy.model import Address, Endpoint, EndpointSlice, ObjectName, PortKey
 
 WEB = ObjectName("default", "web")

@@ -1,6 +1,6 @@
 import pytest
 
-from pyproxy.events import (
+from pyproxy.kube.events import (
     Absent,
     Bookmark,
     Changed,
@@ -14,8 +14,8 @@ from pyproxy.events import (
     Unreachable,
     Unreadable,
 )
+from pyproxy.kube.watch import ListPage, Watch, WatchMachine
 from pyproxy.model import Node, Remove, Replace, ServiceCIDR, Upsert
-from pyproxy.watch import ListPage, Watch, WatchMachine
 from tests.builders import service
 
 WEB, API = service("web"), service("api")

@@ -14,8 +14,9 @@ import aiohttp
 import msgspec
 
 from pyproxy import __version__
-from pyproxy.decode import DecodeError, decode_event, decode_list, decode_refusal
-from pyproxy.events import (
+from pyproxy.kube.access import Access, SourceError, open_access
+from pyproxy.kube.decode import DecodeError, decode_event, decode_list, decode_refusal
+from pyproxy.kube.events import (
     Absent,
     Bookmark,
     Event,
@@ -23,9 +24,8 @@ from pyproxy.events import (
     Page,
     Refused,
 )
-from pyproxy.kubeclient import Access, SourceError, open_access
+from pyproxy.kube.watch import ListPage, Request, Watch
 from pyproxy.model import Kind
-from pyproxy.watch import ListPage, Request, Watch
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from pyproxy.events import (
+from pyproxy.kube.events import (
     Absent,
     Bookmark,
     Changed,

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pyproxy import kubeclient
-from pyproxy.events import Bookmark, Refused
-from pyproxy.kubeapi import RefusedError, connect
-from pyproxy.kubeclient import Access, SourceError, library, open_access
-from pyproxy.watch import Watch
+from pyproxy.kube import access as kube_access
+from pyproxy.kube.access import Access, SourceError, library, open_access
+from pyproxy.kube.api import RefusedError, connect
+from pyproxy.kube.events import Bookmark, Refused
+from pyproxy.kube.watch import Watch
 from tests.fakes.apiserver import FakeApiServer
 
 TLS = Path(__file__).parent.parent / "data" / "tls"
@@ -111,7 +111,7 @@ async def test_the_token_file_is_beside_the_kubeconfig_and_may_change(tmp_path):
 
 
 async def test_credentials_are_read_anew_after_a_while(tmp_path, monkeypatch):
-    monkeypatch.setattr(kubeclient, "RELOAD_SECONDS", 0.0)
+    monkeypatch.setattr(kube_access, "RELOAD_SECONDS", 0.0)
     (tmp_path / "token").write_text("old")
     access = await open_access(kubeconfig(tmp_path, user={"tokenFile": "token"}), "")
     (tmp_path / "token").write_text("new")
@@ -262,7 +262,7 @@ async def test_a_plugin_that_fails(tmp_path):
 
 
 async def test_credentials_that_never_come(monkeypatch):
-    monkeypatch.setattr(kubeclient, "RELOAD_LIMIT_SECONDS", 0.0)
+    monkeypatch.setattr(kube_access, "RELOAD_LIMIT_SECONDS", 0.0)
     access = Access(library().configuration(), asyncio.Event().wait)
     with pytest.raises(SourceError, match="no credentials within 0 s: is the plugin hanging"):
         await access.headers()
@@ -353,7 +353,7 @@ async def test_credentials_that_are_refused_are_read_anew(tmp_path):
         pytest.param("", False, id="alone"),
         pytest.param("import kubernetes_asyncio", True, id="somebody has loaded it all already"),
         pytest.param(
-            "from pyproxy import kubeclient; kubeclient._bare_package = None.__getattribute__",
+            "from pyproxy.kube import access; access._bare_package = None.__getattribute__",
             True,
             id="the light way fails",
         ),
@@ -363,7 +363,7 @@ def test_the_library_is_loaded_without_its_models_if_that_works(before, has_mode
     program = f"""
 import sys
 {before}
-from pyproxy.kubeclient import library
+from pyproxy.kube.access import library
 found = library()
 found.configuration().host = "http://a"
 assert found.kube_config.KubeConfigLoader and found.incluster_config.InClusterConfigLoader

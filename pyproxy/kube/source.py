@@ -5,11 +5,20 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Final
 
-from pyproxy.events import Closed, Event, Failed, Outcome, Page, Refused, Unreachable, Unreadable
-from pyproxy.kubeapi import KubeApi, RefusedError, UnreachableError
-from pyproxy.kubeclient import SourceError
+from pyproxy.kube.access import SourceError
+from pyproxy.kube.api import KubeApi, RefusedError, UnreachableError
+from pyproxy.kube.events import (
+    Closed,
+    Event,
+    Failed,
+    Outcome,
+    Page,
+    Refused,
+    Unreachable,
+    Unreadable,
+)
+from pyproxy.kube.watch import Request, Watch, WatchMachine
 from pyproxy.model import Change
-from pyproxy.watch import Request, Watch, WatchMachine
 
 PASS_SECONDS: Final = 0.01  # one pass on the event loop: a list may take a second
 

@@ -11,8 +11,8 @@ from typing import Final
 
 import msgspec
 
-from pyproxy import wire
-from pyproxy.events import (
+from pyproxy.kube import wire
+from pyproxy.kube.events import (
     Bookmark,
     Changed,
     Deleted,
@@ -24,8 +24,8 @@ from pyproxy.events import (
     Skipped,
     Unreadable,
 )
+from pyproxy.kube.objects import build, why_not_ours
 from pyproxy.model import ApiObject, Kind, ObjectName
-from pyproxy.objects import build, why_not_ours
 
 _WIRE_TYPES: Final[Mapping[Kind, type[wire.Object]]] = {
     "Service": wire.Service,

@@ -9,14 +9,14 @@ from functools import lru_cache
 from sys import intern
 from typing import Final
 
-from pyproxy import wire
-from pyproxy.annotations import (
+from pyproxy.ip import canonical_ip, parse_network
+from pyproxy.kube import wire
+from pyproxy.kube.annotations import (
     AnnotationError,
     parse_scheduler,
     parse_trigger_time,
     parse_weights,
 )
-from pyproxy.ip import canonical_ip, parse_network
 from pyproxy.model import (
     Address,
     ApiObject,

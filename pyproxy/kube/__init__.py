@@ -1,0 +1,1 @@
+"""The API server: what to ask it, and what its answers mean."""
