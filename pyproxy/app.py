@@ -25,6 +25,7 @@ from pyproxy.config import (
 from pyproxy.config.check import family_problems
 from pyproxy.config.file import dump
 from pyproxy.health import Health
+from pyproxy.host import Host
 from pyproxy.http import About, ListenError, ServiceHealthServers, health_server, metrics_server
 from pyproxy.lane import Lane
 from pyproxy.log import set_verbosity
@@ -38,10 +39,10 @@ from pyproxy.model import (
     ObjectName,
     Remove,
     Replace,
+    ServiceCIDR,
     Upsert,
 )
 from pyproxy.plan import Site
-from pyproxy.proxier._host import Host
 from pyproxy.reconcile import Clock, Proxier
 from pyproxy.runner import Pace
 from pyproxy.telemetry import Telemetry
@@ -105,6 +106,7 @@ class App:
         self._telemetry = Telemetry(self._health, metrics, clock.unix)
         self._listed = {kind: asyncio.Event() for kind in GATING}
         self._node: Node | None = None
+        self._service_cidrs: dict[str, frozenset[str]] = {}
         self._node_news = asyncio.Event()
         self._synced = asyncio.Event()
         self._stop = asyncio.Event()
@@ -169,7 +171,10 @@ class App:
         await self._host.read()
         ips = detect_node_ips(self._settings.config, self._node.ips if self._node else ())
         self._check_families(ips)
-        self._proxiers += [self._carrier(lane.family, ips, tasks) for lane in self._lanes]
+        for problem in proxier.load(self._settings.config.mode).prepare(self._settings.config):
+            log.warning("kernel setting", extra={"problem": problem})
+            self._record(tasks, "KernelSettingFailed", problem, warning=True)
+        self._proxiers += [self._carrier(lane, ips, tasks) for lane in self._lanes]
         if self._settings.init_only:
             self._stop.set()
             return
@@ -234,10 +239,10 @@ class App:
         cache = Cache(family, started_at=self._clock.unix(), allow_external_ips=external_ips)
         return Lane(family, cache, pace, self._clock, self._telemetry, self._synced.set)
 
-    def _carrier(self, family: Family, ips: NodeIPs, tasks: asyncio.TaskGroup) -> Proxier:
+    def _carrier(self, lane: Lane, ips: NodeIPs, tasks: asyncio.TaskGroup) -> Proxier:
         known = (ips.ip4, ips.ip6) if ips.primary == 4 else (ips.ip6, ips.ip4)
         env = proxier.Env(
-            family=family,
+            family=lane.family,
             config=self._settings.config,
             clock=self._clock,
             tasks=tasks,
@@ -245,6 +250,10 @@ class App:
             node=self._node,
             node_ips=tuple(ip for ip in known if ip not in ("127.0.0.1", "::1")),
             observe=self._telemetry.connection,
+            service_cidrs=lambda: tuple(sorted(set().union(*self._service_cidrs.values()))),
+            resync=lane.resync,
+            cleaned=partial(self._metrics.conntrack_reconciled, lane.family),
+            drifted=partial(self._drifted, tasks, lane.family),
         )
         return proxier.load(self._settings.config.mode).build(env)
 
@@ -254,6 +263,8 @@ class App:
         self._telemetry.changed(change)
         if change.kind == "Node":
             self._see_node(change)
+        elif change.kind == "ServiceCIDR":
+            self._see_service_cidrs(change)
         else:
             for lane in self._lanes:
                 concerned = lane.change(change)
@@ -279,6 +290,22 @@ class App:
                 self._compare(before, node)
         if self._proxiers:
             self._move()
+
+    def _see_service_cidrs(self, change: Change) -> None:
+        before = dict(self._service_cidrs)
+        match change:
+            case Upsert(obj=ServiceCIDR() as cidr):
+                self._service_cidrs[cidr.name] = frozenset(cidr.cidrs)
+            case Remove(name=name):
+                self._service_cidrs.pop(name.name, None)
+            case Replace(objects=objects):
+                found = [cidr for cidr in objects if isinstance(cidr, ServiceCIDR)]
+                self._service_cidrs = {cidr.name: frozenset(cidr.cidrs) for cidr in found}
+            case _:
+                raise AssertionError("a ServiceCIDR is no other object")
+        if self._service_cidrs != before:
+            for lane in self._lanes:
+                lane.resync()
 
     def _compare(self, before: Node | None, node: Node) -> None:
         if before is None or not self._proxiers:
@@ -308,7 +335,8 @@ class App:
     async def _keep_health_ports(self, ips: NodeIPs, tasks: asyncio.TaskGroup) -> None:
         """After each successful sync, answer for the Services that have such a port."""
         servers = {lane: self._health_servers(lane.family, ips, tasks) for lane in self._lanes}
-        await self._synced.wait()
+        for lane in self._lanes:
+            await lane.first_sync.wait()
         log.info("serving")
         gc.collect()
         gc.freeze()  # what the first lists left is there to stay: do not walk it again and again
@@ -336,6 +364,12 @@ class App:
         self, tasks: asyncio.TaskGroup, service: ObjectName, error: str
     ) -> None:
         self._record(tasks, "FailedToStartServiceHealthcheck", error, warning=True, service=service)
+
+    def _drifted(self, tasks: asyncio.TaskGroup, family: Family, table: str, count: int) -> None:
+        """Tell that somebody else changed our rules, which have been put right again."""
+        self._telemetry.drifted(family, count)
+        message = f"{count} of the rules in table {table} (IPv{family}) were changed by others"
+        self._record(tasks, "RulesChanged", message, warning=True)
 
     def _server_failed(self, tasks: asyncio.TaskGroup, reason: str, error: str) -> None:
         self._record(tasks, reason, error, warning=True)

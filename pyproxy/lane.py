@@ -1,5 +1,6 @@
 """One family's way from changes to its proxier: cache, planner, runner."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
@@ -36,6 +37,7 @@ class Lane:
         on_success: Callable[[], object],
     ) -> None:
         self.family: Family = family
+        self.first_sync = asyncio.Event()
         self._cache = cache
         self._planner = Planner()
         self._runner = Runner(pace, self._sync, clock.monotonic)
@@ -58,6 +60,12 @@ class Lane:
         if site != self._site:
             self._site = site
             self._pending.update(self._cache.owners())
+            self._request()
+
+    def resync(self) -> None:
+        """Have everything compared with what the mode's target really holds, soon."""
+        if self._proxier is not None:
+            self._proxier.distrust()
             self._request()
 
     def start(self, proxier: Proxier) -> None:
@@ -91,5 +99,6 @@ class Lane:
         report = await self._proxier.sync(self._planner.plan, changed)
         self._observer.synced(structs.replace(report, triggered_at=triggered_at))
         if report.error is None:
+            self.first_sync.set()
             self._on_success()
         return report.error is None and not report.unserved

@@ -1,6 +1,6 @@
 """Keep one target equal to the plan: the loop that every mode shares."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
 from pyproxy.cache import Owners
@@ -12,7 +12,9 @@ from pyproxy.report import SyncReport
 K = TypeVar("K")
 V = TypeVar("V")
 
-CompileOwner = Callable[[PortPlan], Mapping[K, V]]
+# The state of one owner, from its plan and from the state it was in: of several states that are
+# right, the mode may choose the one that is nearest.
+CompileOwner = Callable[[PortPlan, Mapping[K, V]], Mapping[K, V]]
 
 
 class ApplyError(Exception):
@@ -93,15 +95,17 @@ class Reconciler(Generic[K, V]):
         full = written is None
         error = None
         delta: Delta[K, V] = Delta({}, {}, {})
-        owners: Iterable[ServicePortName] = plan.ports if full else changed | self._refused.keys()
-        wanted = {owner: self._compiled(plan, owner) for owner in owners}
+        wanted: dict[ServicePortName, Mapping[K, V]] = {}
         try:
             if written is None:
                 held = await self._target.adopt()
+                wanted = {owner: self._compile(port, held) for owner, port in plan.ports.items()}
                 delta = diff(held, {k: v for state in wanted.values() for k, v in state.items()})
                 written = {}
                 self._served = 0
             else:
+                for owner in changed | self._refused.keys():
+                    wanted[owner] = self._compiled(plan, owner, written.get(owner, {}))
                 delta = merge(diff(written.get(o, {}), state) for o, state in wanted.items())
             refused = await self._target.apply(delta) if delta or full else {}
         except ApplyError as failure:
@@ -137,9 +141,9 @@ class Reconciler(Generic[K, V]):
     async def aclose(self) -> None:
         await self._target.aclose()
 
-    def _compiled(self, plan: Plan, owner: ServicePortName) -> Mapping[K, V]:
+    def _compiled(self, plan: Plan, owner: ServicePortName, before: Mapping[K, V]) -> Mapping[K, V]:
         port = plan.ports.get(owner)
-        return self._compile(port) if port is not None else {}
+        return self._compile(port, before) if port is not None else {}
 
     def _remember(
         self,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pyproxy.config import Config
+from pyproxy.host import Host
 from pyproxy.model import Family, Node, Proto
-from pyproxy.proxier._host import Host
 from pyproxy.reconcile import Clock, Proxier
 
 PREFERENCE = ("nftables", "iptables", "ipvs", "userspace")  # for ``auto``, best first
@@ -30,6 +30,10 @@ class Env:
     node: Node | None
     node_ips: tuple[str, ...]  # of the Node object, both families, the primary one first
     observe: Callable[[Proto, str], None]  # a connection's result, for the metrics
+    service_cidrs: Callable[[], tuple[str, ...]] = tuple  # of both families, as of now
+    resync: Callable[[], None] = lambda: None  # ask for a sync that compares everything
+    cleaned: Callable[[float, int], None] = lambda seconds, flows: None  # of conntrack
+    drifted: Callable[[str, int], None] = lambda table, count: None  # others changed so much
 
 
 class Mode(Protocol):
@@ -37,6 +41,10 @@ class Mode(Protocol):
 
     def unsupported(self) -> str | None:
         """Say why this node cannot run the mode; None if it can."""
+        ...
+
+    def prepare(self, config: Config) -> tuple[str, ...]:
+        """Set what the mode needs of the kernel and outlives it; return what could not be set."""
         ...
 
     def build(self, env: Env) -> Proxier:

@@ -74,18 +74,28 @@ class Fronts:
             if front is not None:
                 front.close()
             front = None
-        elif front is not None:
-            front.update(listener, picker)
-            self._protect(front.sockets, listener)
         else:
             try:
-                front = self._open(frontend, listener, picker)
+                front = self._served(frontend, front, listener, picker)
             except OSError as error:
                 self.close(frontend)
                 return why_not(error, frontend.port)
         self._own(frontend, listener, held)
         self._held[frontend] = Held(listener, front, foreign)
         return None
+
+    def _served(
+        self,
+        frontend: Frontend,
+        front: TcpFront | UdpFront | None,
+        listener: Listener,
+        picker: Picker,
+    ) -> TcpFront | UdpFront:
+        if front is None:
+            return self._open(frontend, listener, picker)
+        front.update(listener, picker)
+        self._protect(front.sockets, listener)
+        return front
 
     def close(self, frontend: Frontend) -> ServicePortName | None:
         """Let go of a frontend; return whose it was."""
@@ -104,23 +114,16 @@ class Fronts:
         for frontend, held in list(self._held.items()):
             if held.front is None:
                 continue
+            front, picker = held.front, held.front.picker
             if moved and not frontend.ip:
-                self._reopen(frontend, held)
-            else:
-                self._protect(held.front.sockets, held.listener)
-
-    def _reopen(self, frontend: Frontend, held: Held) -> None:
-        assert held.front is not None, "the caller looked"
-        picker = held.front.picker
-        held.front.close()
-        held.front = None
-        try:
-            held.front = self._open(frontend, held.listener, picker)
-        except OSError as error:
-            log.error(
-                "node port not served",
-                extra={"frontend": str(frontend), "error": why_not(error, frontend.port)},
-            )
+                front.close()
+                front = None
+            try:
+                held.front = self._served(frontend, front, held.listener, picker)
+            except OSError as error:
+                self.close(frontend)
+                problem = why_not(error, frontend.port)
+                log.error("not served", extra={"frontend": str(frontend), "error": problem})
 
     def _open(self, frontend: Frontend, listener: Listener, picker: Picker) -> TcpFront | UdpFront:
         wildcard = not frontend.ip and self._node_port_ips is None

@@ -74,11 +74,18 @@ def ask_for_local_address(sock: socket.socket) -> None:
 
 
 def attach_guard(sock: socket.socket, program: Program) -> None:
-    """Drop, unanswered, what the program drops. It replaces the program of the last call."""
+    """Drop, unanswered, what the program drops. It replaces the program of the last call.
+
+    Raises ``OSError``; some kernels let only root attach a filter to a TCP socket.
+    """
     packed = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(packed, len(packed))
     filter_program = struct.pack("@HP", len(program), ctypes.addressof(buffer))
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filter_program)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filter_program)
+    except PermissionError as error:
+        message = "some clients must meet silence: a socket filter needs root, or CAP_NET_ADMIN"
+        raise PermissionError(error.errno, message) from error
 
 
 def detach_guard(sock: socket.socket) -> None:
@@ -98,8 +105,6 @@ def why_not(error: OSError, port: int) -> str:
     match error.errno:
         case errno.EADDRINUSE:
             return f"port {port} is taken by another program on this node"
-        case errno.EPERM:
-            return "an address of others needs root, or CAP_NET_ADMIN"
         case errno.EACCES:
             return f"port {port} is privileged: run as root, or with CAP_NET_BIND_SERVICE"
         case code if code in EXHAUSTED:

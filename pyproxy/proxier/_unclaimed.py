@@ -39,9 +39,10 @@ class Unclaimed:
     def __init__(self, family: Family) -> None:
         """Load and attach the program. Raises ``Unsupported``."""
         self._family = socket.AF_INET if family == 4 else socket.AF_INET6
-        self._sinks = [self._sink(kind) for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)]
+        self._sinks: list[socket.socket] = []
         self._fds: list[int] = []
         try:
+            self._sinks += map(self._sink, (socket.SOCK_STREAM, socket.SOCK_DGRAM))
             size = 4 if family == 4 else 16
             self._addresses = self._map(MAP_HASH, size, 1, flags=1)  # memory as it is used
             self._claims = self._map(MAP_HASH, size + 8, 1, flags=1)

@@ -7,16 +7,16 @@ each frontend is a listening socket. The kernel keeps silent for it, by socket f
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from pyproxy.balancer import Picker
-from pyproxy.config import local_cidr, node_port_cidrs
+from pyproxy.config import Config, node_port_cidrs
 from pyproxy.delta import Delta
-from pyproxy.model import Family, Forward, Frontend, Network, Pool, ServicePortName
+from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
+from pyproxy.proxier._around import surroundings
 from pyproxy.proxier._fronts import Fronts
-from pyproxy.proxier._host import LOOPBACK
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
 from pyproxy.proxier._unclaimed import Unclaimed, Unsupported
@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 
 def unsupported() -> str | None:
     return None
+
+
+def prepare(config: Config) -> tuple[str, ...]:
+    return ()
 
 
 def build(env: Env) -> Proxier:
@@ -198,26 +202,12 @@ class Frontends:
         """See anew which addresses are the node's, and what depends on it."""
         env, seen = self._env, self._env.host.snapshot
         ips = seen.ips(env.family)
-        self._around = Surroundings(ips, self._pods(), (LOOPBACK[env.family],))
+        self._around = surroundings(env)
         ranges = node_port_cidrs(env.config, env.family, env.node_ips)
         serving = None if ranges is None else seen.ips_in(env.family, ranges)
         if ranges is None and not env.config.iptables.localhost_node_ports:
             serving = sorted(ip for ip in ips if not is_loopback(ip))
         self._fronts.surround(self._around, serving)
-
-    def _pods(self) -> tuple[Network, ...]:
-        """Return the networks of local pods, however they are recognised."""
-        env, detect = self._env, self._env.config.detect_local
-        matches: Callable[[str], bool]
-        match env.config.detect_local_mode:
-            case "BridgeInterface":
-                matches = detect.bridge_interface.__eq__
-            case "InterfaceNamePrefix":
-                matches = partial(has_prefix, detect.interface_name_prefix)
-            case _:
-                cidr = local_cidr(env.config, env.family, env.node)
-                return (cidr,) if cidr is not None else ()
-        return env.host.snapshot.networks(env.family, matches)
 
     def _source(self) -> str | None:
         """Return the address that the node's own connections to Services shall come from."""
@@ -250,7 +240,3 @@ def pools(listeners: Mapping[Frontend, Listener]) -> list[Pool]:
 
 def is_loopback(ip: str) -> bool:
     return ip.startswith("127.") or ip == "::1"
-
-
-def has_prefix(prefix: str, name: str) -> bool:
-    return name.startswith(prefix)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from ipaddress import ip_address
+from types import MappingProxyType
 from typing import Literal
 
 from msgspec import Struct
@@ -23,6 +24,9 @@ Origin = Literal["pod", "node", "outside"]
 Stance = Literal["serve", "refuse", "silent"]
 
 
+NONE: "Mapping[Frontend, Listener]" = MappingProxyType({})
+
+
 class Listener(Struct, frozen=True):
     """What stands behind a frontend."""
 
@@ -39,7 +43,9 @@ class Surroundings(Struct, frozen=True):
     loopback: tuple[Network, ...] = ()
 
 
-def compile_owner(port: PortPlan) -> Mapping[Frontend, Listener]:
+def compile_owner(
+    port: PortPlan, _before: Mapping[Frontend, Listener] = NONE
+) -> Mapping[Frontend, Listener]:
     """Return the listeners of one owner."""
     return {route.frontend: Listener(port.owner, route, port.serving) for route in port.routes}
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.jumping
 WEB, API = owner("web"), owner("api")
 
 
-def compile_owner(port):
+def compile_owner(port, _before=None):
     return {route.frontend: route for route in port.routes}
 
 

@@ -9,11 +9,11 @@ from msgspec import structs
 from pyproxy import proxier
 from pyproxy.cache import Cache
 from pyproxy.config import Config
+from pyproxy.host import Host
 from pyproxy.lane import Lane
 from pyproxy.model import Endpoint, EndpointSlice, ObjectName, PortKey, Service, SpecPort, Upsert
 from pyproxy.plan import Site
 from pyproxy.process import SystemClock
-from pyproxy.proxier._host import Host
 from pyproxy.runner import Pace
 from pyproxy.topology import Place
 

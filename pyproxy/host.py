@@ -8,8 +8,8 @@ from ipaddress import ip_address, ip_interface, ip_network
 from msgspec import Struct
 
 from pyproxy.model import Family, Network
-from pyproxy.proxier._netlink import NETLINK_ROUTE
 
+NETLINK_ROUTE = 0
 # Groups of multicast messages: links, addresses of both families; then routes of both.
 GROUPS = 0x1 | 0x10 | 0x100
 ROUTE_GROUPS = 0x40 | 0x400

@@ -1,0 +1,348 @@
+"""Statements of nf_tables rules as the kernel's expressions. No I/O.
+
+Expressions work on sixteen registers of four bytes. Here a rule's first key begins in register 0,
+fields follow each other as in a set's key, and what a number is hashed from lies behind the key.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+
+from pyproxy.model import Family
+from pyproxy.proxier._netlink import attribute, attributes
+from pyproxy.rules.nft import (
+    PROTO_NUMBERS,
+    AddressMatch,
+    Change,
+    Counter,
+    CtState,
+    Dnat,
+    DnatPick,
+    Ending,
+    Field,
+    Masquerade,
+    MatchDnat,
+    MatchInput,
+    MatchLocal,
+    MatchMark,
+    MatchNetwork,
+    MatchProto,
+    MatchSet,
+    MatchState,
+    Pick,
+    PickVerdict,
+    Reject,
+    SetMark,
+    StateMatch,
+    Statement,
+    Table,
+    ToggleMark,
+    UpdateSet,
+    Verdict,
+    VerdictKind,
+    VerdictMap,
+    packed_ip,
+    width,
+)
+
+NFPROTO: dict[Family, int] = {4: 2, 6: 10}
+ALL_NFPROTO = {nfproto: family for family, nfproto in NFPROTO.items()}
+
+LIST_ELEM = 1
+DATA_VALUE, DATA_VERDICT = 1, 2
+VERDICT_CODE, VERDICT_CHAIN = 1, 2
+VERDICTS: dict[VerdictKind, int] = {"drop": 0, "accept": 1, "jump": -3, "goto": -4, "return": -5}
+
+EQUAL, NOT_EQUAL = 0, 1
+NETWORK_HEADER, TRANSPORT_HEADER = 1, 2
+META_MARK, META_IIFNAME, META_L4PROTO = 3, 6, 16
+CT_STATE, CT_STATUS = 0, 2
+CT_STATES: dict[CtState, int] = {"invalid": 1, "new": 8}
+DNAT_DONE = 0x20  # IPS_DST_NAT
+FIB_ADDRESS_TYPE = 3
+FIB_FROM: dict[str, int] = {"saddr": 1, "daddr": 2}
+LOCAL = 2  # RTN_LOCAL
+NUMBERS_IN_TURN, NUMBERS_AT_RANDOM = 0, 1
+NAT_DESTINATION = 1
+NAT_WITH_PORT = 3  # NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED
+NAT_FULLY_RANDOM = 0x10
+PORT_UNREACHABLE: dict[Family, int] = {4: 3, 6: 4}
+INTERFACE_NAME = 16  # IFNAMSIZ
+UPDATE = 1
+ANONYMOUS_MAP = "__map%d"  # the kernel puts the number in
+
+_ADDRESS_AT: dict[Family, dict[str, int]] = {
+    4: {"saddr": 12, "daddr": 16},
+    6: {"saddr": 8, "daddr": 24},
+}
+_ALL_BITS = 0xFFFFFFFF
+
+u32 = struct.Struct(">I").pack
+host32 = struct.Struct("=I").pack
+
+
+def statement_expressions(table: Table, statement: Statement, map_id: int) -> bytes:
+    """Return the list of expressions of one statement.
+
+    ``map_id`` names the map of a ``PickVerdict`` within the transaction: it has to come before.
+    """
+    match statement:
+        case MatchNetwork() | MatchSet() | MatchInput() | MatchLocal():
+            return _address_match(table, statement)
+        case MatchState() | MatchDnat() | MatchMark() | MatchProto():
+            return _state_match(statement)
+        case SetMark() | ToggleMark() | Dnat() | DnatPick() | UpdateSet():
+            return _change(table, statement)
+        case _:
+            return _ending(table, statement, map_id)
+
+
+def string(kind: int, value: str) -> bytes:
+    return attribute(kind, value.encode() + b"\0")
+
+
+def value_data(kind: int, value: bytes) -> bytes:
+    return attribute(kind, attribute(DATA_VALUE, value))
+
+
+def verdict_data(kind: int, verdict: Verdict) -> bytes:
+    body = attribute(VERDICT_CODE, u32(VERDICTS[verdict.kind] & _ALL_BITS))
+    if verdict.chain:
+        body += string(VERDICT_CHAIN, verdict.chain)
+    return attribute(kind, attribute(DATA_VERDICT, body))
+
+
+def _address_match(table: Table, statement: AddressMatch) -> bytes:
+    match statement:
+        case MatchNetwork():
+            return _network(table, statement)
+        case MatchSet(fields, name, inside):
+            return _load_all(table, fields) + _lookup(name, inside=inside)
+        case MatchInput(interface, same):
+            return _meta_load(META_IIFNAME, 0) + _compare(_interface(interface), equal=same)
+        case MatchLocal(field):
+            load = _numbers("fib", {1: register(0), 2: FIB_ADDRESS_TYPE, 3: FIB_FROM[field]})
+            return load + _compare(host32(LOCAL))
+
+
+def _state_match(statement: StateMatch) -> bytes:
+    match statement:
+        case MatchState(state):
+            return _ct_bit(CT_STATE, CT_STATES[state])
+        case MatchDnat():
+            return _ct_bit(CT_STATUS, DNAT_DONE)
+        case MatchMark(bits):
+            load = _meta_load(META_MARK, 0)
+            return load + _bitwise(host32(bits), bytes(4)) + _compare(host32(bits))
+        case MatchProto(proto):
+            return _meta_load(META_L4PROTO, 0) + _compare(bytes([PROTO_NUMBERS[proto]]))
+
+
+def _change(table: Table, statement: Change) -> bytes:
+    match statement:
+        case SetMark(bits):
+            return _change_mark(keep=_ALL_BITS ^ bits, toggle=bits)
+        case ToggleMark(bits):
+            return _change_mark(keep=_ALL_BITS, toggle=bits)
+        case Dnat(address):
+            return (
+                _expression(
+                    "immediate", {1: u32(register(0))}, value_data(2, packed_ip(address.ip))
+                )
+                + _expression(
+                    "immediate",
+                    {1: u32(register(4))},
+                    value_data(2, address.port.to_bytes(2, "big")),
+                )
+                + _nat(table, port_word=4)
+            )
+        case DnatPick(fields, pick, name):
+            key_words = sum(_words(table, field) for field in fields)
+            return (
+                _load_all(table, fields)
+                + _pick(table, pick, key_words)
+                + _expression("lookup", {2: u32(register(0)), 3: u32(register(0))}, string(1, name))
+                + _nat(table, port_word=_words(table, "daddr"))
+            )
+        case UpdateSet(name, field):
+            numbers = {3: u32(UPDATE), 4: u32(register(0))}
+            return _load(table, field, 0) + _expression("dynset", numbers, string(1, name))
+
+
+def _ending(table: Table, statement: Ending, map_id: int) -> bytes:
+    match statement:
+        case Verdict():
+            return _expression("immediate", {1: u32(0)}, verdict_data(2, statement))
+        case VerdictMap(fields, name):
+            return _load_all(table, fields) + _lookup(name, verdict=True)
+        case PickVerdict(pick):
+            return _pick(table, pick, 0) + _lookup(ANONYMOUS_MAP, verdict=True, set_id=map_id)
+        case Reject():
+            code = bytes([PORT_UNREACHABLE[table.family]])
+            return _expression("reject", {1: u32(0), 2: code})
+        case Masquerade():
+            return _numbers("masq", {1: NAT_FULLY_RANDOM})
+        case Counter():
+            return _expression("counter", {1: bytes(8), 2: bytes(8)})
+
+
+def _network(table: Table, statement: MatchNetwork) -> bytes:
+    """Compare the bytes of the prefix; where it ends within one, mask the rest of the address."""
+    field, network, inside = statement.field, statement.network, statement.inside
+    packed = network.network_address.packed
+    count, odd_bits = divmod(network.prefixlen, 8)
+    if count and not odd_bits:
+        return _payload(table, field, 0, count) + _compare(packed[:count], equal=inside)
+    mask = network.netmask.packed
+    load = _load(table, field, 0) + _bitwise(mask, bytes(len(mask)))
+    return load + _compare(packed, equal=inside)
+
+
+def _interface(name: str) -> bytes:
+    """Return what a name begins with: unless there is a star, with the zeros after it."""
+    key = name.encode()
+    return key[:-1] if name.endswith("*") else key.ljust(INTERFACE_NAME, b"\0")
+
+
+# --- Expressions ----------------------------------------------------------------------------------
+
+
+def register(word: int) -> int:
+    """Return the number of the register at this word, as the kernel writes it itself.
+
+    The first of four words has the number of the register of 16 bytes that it begins.
+    """
+    return 8 + word if word % 4 else 1 + word // 4
+
+
+def _expression(name: str, numbers: dict[int, bytes], rest: bytes = b"") -> bytes:
+    body = b"".join([attribute(kind, value) for kind, value in numbers.items()]) + rest
+    return attribute(LIST_ELEM, string(1, name) + attribute(2, body))
+
+
+def _numbers(name: str, numbers: dict[int, int]) -> bytes:
+    return _expression(name, {kind: u32(number) for kind, number in numbers.items()})
+
+
+def _load_all(table: Table, fields: Sequence[Field]) -> bytes:
+    loads, word = b"", 0
+    for field in fields:
+        loads += _load(table, field, word)
+        word += _words(table, field)
+    return loads
+
+
+def _load(table: Table, field: Field, word: int) -> bytes:
+    if field == "l4proto":
+        return _meta_load(META_L4PROTO, word)
+    return _payload(table, field, word, width(table, field))
+
+
+def _payload(table: Table, field: Field, word: int, length: int) -> bytes:
+    base, at = (
+        (TRANSPORT_HEADER, 2)
+        if field == "dport"
+        else (NETWORK_HEADER, _ADDRESS_AT[table.family][field])
+    )
+    return _numbers("payload", {1: register(word), 2: base, 3: at, 4: length})
+
+
+def _words(table: Table, field: Field) -> int:
+    return (width(table, field) + 3) // 4
+
+
+def _meta_load(key: int, word: int) -> bytes:
+    return _numbers("meta", {1: register(word), 2: key})
+
+
+def _change_mark(*, keep: int, toggle: int) -> bytes:
+    store = _numbers("meta", {2: META_MARK, 3: register(0)})
+    return _meta_load(META_MARK, 0) + _bitwise(host32(keep), host32(toggle)) + store
+
+
+def _ct_bit(key: int, bit: int) -> bytes:
+    load = _numbers("ct", {1: register(0), 2: key})
+    return load + _bitwise(host32(bit), bytes(4)) + _compare(bytes(4), equal=False)
+
+
+def _bitwise(mask: bytes, xor: bytes) -> bytes:
+    numbers = {1: u32(register(0)), 2: u32(register(0)), 3: u32(len(mask))}
+    return _expression("bitwise", numbers, value_data(4, mask) + value_data(5, xor))
+
+
+def _compare(value: bytes, *, equal: bool = True) -> bytes:
+    numbers = {1: u32(register(0)), 2: u32(EQUAL if equal else NOT_EQUAL)}
+    return _expression("cmp", numbers, value_data(3, value))
+
+
+def _lookup(name: str, *, inside: bool = True, verdict: bool = False, set_id: int = 0) -> bytes:
+    numbers = {2: u32(register(0))}
+    if verdict:
+        numbers[3] = u32(0)  # the register of the verdict
+    if set_id:
+        numbers[4] = u32(set_id)
+    if not inside:
+        numbers[5] = u32(1)
+    return _expression("lookup", numbers, string(1, name))
+
+
+def _pick(table: Table, pick: Pick, word: int) -> bytes:
+    """Put a number below ``pick.count`` into ``word``, behind the key."""
+    match pick.kind:
+        case "random":
+            kind = NUMBERS_AT_RANDOM
+        case "turn":
+            kind = NUMBERS_IN_TURN
+        case "source":
+            free = (word + 4) & ~3
+            load = _load(table, "saddr", free)
+            length = width(table, "saddr")
+            numbers = {1: register(free), 2: register(word), 3: length, 4: pick.count, 5: pick.seed}
+            return load + _numbers("hash", numbers)
+    return _numbers("numgen", {1: register(word), 2: pick.count, 3: kind})
+
+
+def _nat(table: Table, port_word: int) -> bytes:
+    address, port = register(0), register(port_word)
+    numbers = {1: NAT_DESTINATION, 2: NFPROTO[table.family], 3: address, 4: address}
+    return _numbers("nat", numbers | {5: port, 6: port, 7: NAT_WITH_PORT})
+
+
+# --- Normal form ----------------------------------------------------------------------------------
+
+NESTED = 0x8000
+_VOLATILE = {"lookup": {4}, "counter": {1, 2}}  # a number of the transaction; what was counted
+_MEANT = {"lookup": {3}}  # zero is the register of the verdict, absent is no register at all
+
+Form = tuple[tuple[str, tuple[tuple[int, bytes], ...]], ...]
+
+
+def normal_form(expressions: bytes) -> Form:
+    """Return what is the same for the expressions of a rule and for the kernel's dump of them.
+
+    The kernel adds attributes that are zero unless asked for, such as the flags of a lookup, and
+    has an order of its own. So attributes are sorted, and those that are zero are left out. The
+    name of an anonymous map is empty: compare its elements.
+    """
+    return tuple(_normal_expression(body) for _, body in attributes(expressions, 0))
+
+
+def _normal_expression(body: bytes) -> tuple[str, tuple[tuple[int, bytes], ...]]:
+    parts = dict(plain_attributes(body))
+    name = parts[1].rstrip(b"\0").decode()
+    kept = sorted(
+        (kind, b"" if is_anonymous(name, kind, value) else value)
+        for kind, value in plain_attributes(parts.get(2, b""))
+        if kind not in _VOLATILE.get(name, ()) and (any(value) or kind in _MEANT.get(name, ()))
+    )
+    return name, tuple(kept)
+
+
+def is_anonymous(expression: str, kind: int, value: bytes) -> bool:
+    """Say whether this attribute is the name of a map that exists for one rule only."""
+    return expression == "lookup" and kind == 1 and value.startswith(b"__")
+
+
+def plain_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield attributes without the flag that some have for containing others."""
+    for kind, value in attributes(data, 0):
+        yield kind & ~NESTED, value

@@ -1,0 +1,358 @@
+"""Writes the items of mode nftables into table ``pyproxy``, one transaction at a time.
+
+It knows what the kernel holds, by container and key, and sends what differs. Items that several
+owners may want (a shared chain, a cluster IP, a hairpin) are there while anybody wants them.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from pyproxy.delta import Delta
+from pyproxy.model import ServicePortName
+from pyproxy.proxier import _nfpack as pack
+from pyproxy.proxier._nfnetlink import NfError, NfTables
+from pyproxy.proxier._nfpack import RuleForm, rule_form, set_form
+from pyproxy.reconcile import ApplyError
+from pyproxy.rules import nft_base
+from pyproxy.rules.nft import Chain, Element, Rule, Set, Table, packed_ip
+from pyproxy.rules.nftables import AFFINITY_SET, CHAIN, PRESENT, Content, Item, Ruleset
+
+IN_A_THREAD = 2000  # items: fewer are written before a thread would have started
+NODE_PORT_IPS = "node-port-ips"
+Forms = tuple[RuleForm, ...]
+
+
+@dataclass(slots=True)
+class Held:
+    """What the kernel's table holds."""
+
+    elements: dict[str, dict[bytes, Content]] = field(default_factory=dict)
+    chains: dict[str, Forms] = field(default_factory=dict)
+    affinity_sets: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Messages:
+    """One transaction, in the order in which names come into being and go."""
+
+    declare: list[bytes] = field(default_factory=list)
+    rules: list[bytes] = field(default_factory=list)
+    remove: dict[str, list[Element]] = field(default_factory=dict)
+    insert: dict[str, list[Element]] = field(default_factory=dict)
+
+    def packed(self, table: Table) -> list[bytes]:
+        packed = self.declare + self.rules
+        for name, elements in self.remove.items():
+            packed += pack.delete_elements(table, name, elements)
+        for name, elements in self.insert.items():
+            packed += pack.new_elements(table, name, elements)
+        return packed
+
+
+class NfTarget:
+    """Table ``pyproxy`` of one family."""
+
+    def __init__(
+        self, ruleset: Callable[[], Ruleset], on_drift: Callable[[int], None] = lambda count: None
+    ) -> None:
+        """``ruleset`` returns what the fixed part shall be at that moment.
+
+        ``on_drift`` hears how many things somebody else has changed, when that is found out.
+        """
+        self._ruleset = ruleset
+        self._on_drift = on_drift
+        self._table = nft_base.table(ruleset().family)
+        self._nf: NfTables | None = None
+        self._held = Held()
+        self._users: dict[tuple[str, bytes | str], set[ServicePortName | None]] = {}
+        self._fixed: list[bytes] = []  # messages that mend the fixed part
+        self._leftovers: set[str] = set()  # chains and sets that nobody uses
+        self._sure = False  # that ``_held`` is what we left
+        self._sweep_all = False
+        self.generation: int | None = None  # of the rule set, after our last write
+        self.read_seconds = 0.0  # how long the table took to read
+
+    async def adopt(self) -> Mapping[Item, Content]:
+        """Read the table. What is not as it should be in its fixed part is mended by ``apply``."""
+        before, was_sure = self._held, self._sure
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        try:
+            items = await asyncio.to_thread(self._read)
+            self.read_seconds = clock() - started
+        except (NfError, OSError) as error:
+            raise ApplyError(str(error)) from error
+        if was_sure and (drift := differences(before, self._held) + len(self._fixed)):
+            self._on_drift(drift)
+        return items
+
+    async def apply(self, delta: Delta[Item, Content]) -> Mapping[Item, str]:
+        """Carry out the change. Nothing is refused by itself: the kernel takes all or nothing."""
+        self._sure = False
+        messages = self._messages(delta)
+        packed = [*self._fixed, *messages.packed(self._table)]
+        try:
+            if len(delta.added) + len(delta.removed) > IN_A_THREAD:
+                await asyncio.to_thread(self._commit, packed)
+            else:
+                self._commit(packed)
+        except (NfError, OSError) as error:
+            raise ApplyError(str(error)) from error
+        self._fixed = []
+        self._sweep()
+        self._sure = True
+        return {}
+
+    async def clear(self) -> None:
+        """Delete the table, whoever made it. Raises ``ApplyError``."""
+        self._held, self._users, self._fixed = Held(), {}, []
+        try:
+            delete_tables([self._table])
+        except (NfError, OSError) as error:
+            raise ApplyError(str(error)) from error
+
+    async def aclose(self) -> None:
+        """Leave the table as it is: it carries the traffic."""
+        if self._nf is not None:
+            self._nf.close()
+            self._nf = None
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def _read(self) -> Mapping[Item, Content]:
+        nf = self._socket()
+        table, ruleset = self._table, self._ruleset()
+        self._held, self._users, self._leftovers = Held(), {}, set()
+        self._sweep_all = True
+        self.generation = nf.generation().id
+        chains = {chain.name: chain for chain in nf.chains(table)}
+        sets = nf.sets(table)
+        sound = all(chains.get(c.name) == c for c in nft_base.CHAINS) and all(
+            sets.get(s.name) == set_form(table, s) for s in nft_base.sets(table.family)
+        )
+        if not sound:
+            self._fixed = self._from_nothing(ruleset)
+            return {}
+        forms: dict[str, list[RuleForm]] = {name: [] for name in chains}
+        for rule in nf.rules(table):
+            forms[rule.form.chain].append(rule.form)
+        self._fixed = self._mended(ruleset, forms)
+        fixed = {chain.name for chain in nft_base.CHAINS}
+        self._held.chains = {n: tuple(f) for n, f in forms.items() if n not in fixed}
+        self._held.affinity_sets = {n: f for n, f in sets.items() if n.startswith("affinity-")}
+        items: dict[Item, Content] = {}
+        for a_set in nft_base.sets(table.family):
+            if a_set.name != NODE_PORT_IPS:
+                items |= self._read_elements(nf, a_set.name)
+        for name in self._held.chains:
+            items[Item(CHAIN, name)] = ()
+        for name in self._held.affinity_sets:
+            items[Item(AFFINITY_SET, name)] = ()
+        self._users = {(i.container, i.key): {None} for i in items if i.container in SHARED}
+        self._fixed += self._node_port_ips(ruleset, nf.elements(table, NODE_PORT_IPS))
+        return items
+
+    def _read_elements(self, nf: NfTables, name: str) -> dict[Item, Content]:
+        held: dict[bytes, Content] = {}
+        for element in nf.elements(self._table, name):
+            held[element.key + (element.key_end or b"")] = plain(element)
+        self._held.elements[name] = held
+        return {Item(name, key): content for key, content in held.items()}
+
+    def _from_nothing(self, ruleset: Ruleset) -> list[bytes]:
+        """Return the fixed part as messages; a table of this name goes in the same moment."""
+        table = self._table
+        messages = [pack.new_table(table), pack.delete_table(table), pack.new_table(table)]
+        messages += [pack.new_set(table, a_set) for a_set in nft_base.sets(table.family)]
+        messages += [pack.new_chain(table, chain) for chain in nft_base.CHAINS]
+        messages += [pack.new_rule(table, rule) for rule in nft_base.rules(ruleset)]
+        return messages + self._node_port_ips(ruleset, [])
+
+    def _mended(self, ruleset: Ruleset, forms: Mapping[str, list[RuleForm]]) -> list[bytes]:
+        """Return messages for the fixed chains whose rules are not as they should be."""
+        wanted: dict[str, list[Rule]] = {chain.name: [] for chain in nft_base.CHAINS}
+        for rule in nft_base.rules(ruleset):
+            wanted[rule.chain].append(rule)
+        messages: list[bytes] = []
+        for name, rules in wanted.items():
+            if forms[name] != [rule_form(self._table, rule) for rule in rules]:
+                messages.append(pack.flush_chain(self._table, name))
+                messages += [pack.new_rule(self._table, rule) for rule in rules]
+        return messages
+
+    def _node_port_ips(self, ruleset: Ruleset, there: Iterable[Element]) -> list[bytes]:
+        wanted = {packed_ip(ip) for ip in ruleset.node_port_ips or ()}
+        known = {element.key for element in there}
+        gone = [Element(key) for key in sorted(known - wanted)]
+        new = [Element(key) for key in sorted(wanted - known)]
+        return [
+            *(pack.delete_elements(self._table, NODE_PORT_IPS, gone) if gone else ()),
+            *(pack.new_elements(self._table, NODE_PORT_IPS, new) if new else ()),
+        ]
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def _messages(self, delta: Delta[Item, Content]) -> Messages:
+        messages = Messages()
+        wanted: dict[tuple[str, bytes | str], Content | None] = {}
+        for item in delta.removed:
+            self._release(item, wanted)
+        for item, new in delta.added.items():
+            self._want(item, new, wanted)
+        for item, (_before, new) in delta.changed.items():
+            self._want(item, new, wanted)
+        for (container, key), content in wanted.items():
+            if container == CHAIN:
+                self._write_chain(str(key), content, messages)
+            elif container == AFFINITY_SET:
+                self._write_set(str(key), content, messages)
+            elif isinstance(key, bytes):
+                self._write_element(container, key, content, messages)
+        return messages
+
+    def _release(self, item: Item, wanted: dict[tuple[str, bytes | str], Content | None]) -> None:
+        place = (item.container, item.key)
+        users = self._users.get(place)
+        if users is not None:
+            users.discard(item.owner)
+            if users:
+                return
+            del self._users[place]
+        wanted[place] = None
+
+    def _want(
+        self, item: Item, content: Content, wanted: dict[tuple[str, bytes | str], Content | None]
+    ) -> None:
+        place = (item.container, item.key)
+        if item.container in SHARED:
+            self._users.setdefault(place, set()).add(item.owner)
+        wanted[place] = content
+
+    def _write_chain(self, name: str, content: Content | None, messages: Messages) -> None:
+        """Make a chain so. One that nobody wants stays for now: see ``_sweep``."""
+        if content is None:
+            self._leftovers.add(name)
+            return
+        self._leftovers.discard(name)
+        assert isinstance(content, tuple), "a chain is its rules"
+        forms = tuple(rule_form(self._table, rule) for rule in content)
+        before = self._held.chains.get(name)
+        if before == forms:
+            return
+        if before is None:
+            messages.declare.append(pack.new_chain(self._table, Chain(name)))
+        elif before:
+            messages.rules.append(pack.flush_chain(self._table, name))
+        messages.rules += [pack.new_rule(self._table, rule) for rule in content]
+        self._held.chains[name] = forms
+
+    def _write_set(self, name: str, content: Content | None, messages: Messages) -> None:
+        if content is None:
+            self._leftovers.add(name)
+            return
+        self._leftovers.discard(name)
+        assert isinstance(content, Set), "a set is its declaration"
+        form = set_form(self._table, content)
+        before = self._held.affinity_sets.get(name)
+        if before is None:
+            messages.declare.append(pack.new_set(self._table, content))
+        self._held.affinity_sets[name] = form
+
+    def _write_element(
+        self, container: str, key: bytes, content: Content | None, messages: Messages
+    ) -> None:
+        held = self._held.elements.setdefault(container, {})
+        before = held.get(key)
+        if before == content:
+            return
+        if before is not None:
+            messages.remove.setdefault(container, []).append(element_of(key, before))
+        if content is None:
+            del held[key]
+        else:
+            messages.insert.setdefault(container, []).append(element_of(key, content))
+            held[key] = content
+
+    def _commit(self, messages: list[bytes]) -> None:
+        if not messages:
+            return
+        nf = self._socket()
+        before = nf.generation().id
+        nf.commit(messages)
+        after = nf.generation().id
+        # Another generation in between was somebody else's: leave ours unknown to the audit.
+        self.generation = after if after == before + 1 else before
+
+    def _sweep(self) -> None:
+        """Delete chains and sets that nobody uses, in transactions of their own.
+
+        Chains that all Services of a size share are left for a full sync: they soon find use.
+        Kernels before 6.2 notice late that nothing points at a chain any more, and refuse:
+        whatever is refused stays until the next time.
+        """
+        own = [name for name in self._leftovers if self._sweep_all or "/" in name]
+        self._sweep_all = False
+        chains = [name for name in own if name in self._held.chains]
+        sets = [name for name in own if name in self._held.affinity_sets]
+        if not chains and not sets:
+            return
+        messages = [pack.flush_chain(self._table, n) for n in chains if self._held.chains[n]]
+        messages += [pack.delete_chain(self._table, name) for name in chains]
+        messages += [pack.delete_set(self._table, name) for name in sets]
+        try:
+            self._commit(messages)
+        except NfError:
+            return
+        for name in own:
+            self._held.chains.pop(name, None)
+            self._held.affinity_sets.pop(name, None)
+            self._leftovers.discard(name)
+
+    def _socket(self) -> NfTables:
+        if self._nf is None:
+            self._nf = NfTables()
+        return self._nf
+
+
+SHARED = frozenset({CHAIN, AFFINITY_SET, "cluster-ips", "hairpin"})
+
+
+def plain(element: Element) -> Content:
+    """Return an element as an item's content: just its data, where it is nothing else."""
+    if isinstance(element.data, bytes) and not element.comment:
+        return element.data
+    if element.data is None and element.key_end is None and not element.comment:
+        return PRESENT
+    return element
+
+
+def element_of(key: bytes, content: Content) -> Element:
+    if isinstance(content, Element):
+        return content
+    assert isinstance(content, bytes), "rules are in chains"
+    return Element(key, data=content or None)
+
+
+def delete_tables(tables: Iterable[Table]) -> None:
+    """Delete tables with all that is in them; it is no error if they are not there."""
+    nf = NfTables()
+    try:
+        for table in tables:
+            nf.commit([pack.new_table(table), pack.delete_table(table)])
+    finally:
+        nf.close()
+
+
+def differences(one: Held, other: Held) -> int:
+    """Return how many elements, chains and sets are not the same."""
+    containers = one.elements.keys() | other.elements.keys()
+    pairs: list[tuple[Mapping[object, object], Mapping[object, object]]] = [
+        (one.elements.get(name, {}), other.elements.get(name, {}))  # type: ignore[misc]  # keys are invariant
+        for name in containers
+    ]
+    pairs.append((one.chains, other.chains))  # type: ignore[arg-type]  # likewise
+    pairs.append((one.affinity_sets, other.affinity_sets))  # type: ignore[arg-type]  # likewise
+    return sum(
+        sum(a.get(key) != b.get(key) for key in a.keys() | b.keys()) for a, b in pairs if a != b
+    )

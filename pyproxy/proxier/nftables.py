@@ -1,0 +1,114 @@
+"""Proxy mode ``nftables``: table ``pyproxy`` of nf_tables carries the traffic, over netlink."""
+
+import asyncio
+import logging
+from functools import partial
+
+from pyproxy.config import Config, local_cidr, masquerade_all, networks_of, node_port_cidrs
+from pyproxy.model import Family, Network
+from pyproxy.proxier import Env
+from pyproxy.proxier._nfnetlink import NfError, NfTables
+from pyproxy.proxier._nfpack import delete_table, new_chain, new_rule, new_table
+from pyproxy.proxier._nftarget import NfTarget, delete_tables
+from pyproxy.proxier._tracked import Tracked, set_limits
+from pyproxy.reconcile import Proxier, Reconciler
+from pyproxy.rules import nft_base
+from pyproxy.rules.nft import Chain, Hook, Masquerade, MatchState, Rule, Table
+from pyproxy.rules.nftables import Ruleset, compile_owner
+
+AUDIT_SECONDS = 0.5
+AUDIT_SHARE = 20  # an audit that took a second is followed by a pause of so many
+
+log = logging.getLogger(__name__)
+
+
+def unsupported() -> str | None:
+    probe = Table(4, "pyproxy-probe")
+    try:
+        nf = NfTables()
+    except OSError as error:
+        return f"the kernel has no nf_tables ({error.strerror})"
+    try:
+        # Loads what the kernel has as modules: NAT, connection tracking with its sysctls.
+        chain = Chain("probe", Hook("nat", "postrouting", 100))
+        rule = Rule(chain.name, (MatchState("new"), Masquerade()))
+        nf.commit([
+            new_table(probe), new_chain(probe, chain), new_rule(probe, rule), delete_table(probe),
+        ])  # fmt: skip
+    except NfError as error:
+        return f"{error}: it needs nf_tables in the kernel, and root or CAP_NET_ADMIN"
+    finally:
+        nf.close()
+    return None
+
+
+def prepare(config: Config) -> tuple[str, ...]:
+    return set_limits(config)
+
+
+def build(env: Env) -> Proxier:
+    target = NfTarget(partial(ruleset_for, env), partial(env.drifted, nft_base.TABLE_NAME))
+    env.host.on_change(env.resync)
+    env.tasks.create_task(audit(target, env), name=f"audit IPv{env.family}")
+    compiled = partial(compile_owner, ruleset_for(env))  # owners look at its lasting part only
+    return Tracked(Reconciler("nftables", env.family, compiled, target, env.clock), env)
+
+
+async def cleanup(family: Family) -> str | None:
+    """Delete our table and kube-proxy's, whichever process left them."""
+    try:
+        await asyncio.to_thread(
+            delete_tables, [Table(family, nft_base.TABLE_NAME), Table(family, "kube-proxy")]
+        )
+    except (NfError, OSError) as error:
+        return str(error)
+    return None
+
+
+def ruleset_for(env: Env) -> Ruleset:
+    """Return what the rules depend on besides the plan, as of now."""
+    config = env.config
+    ranges = node_port_cidrs(config, env.family, env.node_ips)
+    return Ruleset(
+        family=env.family,
+        mark=1 << config.nftables.masquerade_bit,
+        pods=pods_of(env),
+        masquerade_all=masquerade_all(config, "nftables"),
+        node_port_ips=None if ranges is None else node_port_ips(env, ranges),
+        service_cidrs=networks_of(sorted(env.service_cidrs()), env.family),
+    )
+
+
+def pods_of(env: Env) -> Network | str | None:
+    match env.config.detect_local_mode:
+        case "BridgeInterface":
+            return env.config.detect_local.bridge_interface
+        case "InterfaceNamePrefix":
+            return f"{env.config.detect_local.interface_name_prefix}*"
+        case _:
+            return local_cidr(env.config, env.family, env.node)
+
+
+def node_port_ips(env: Env, ranges: tuple[Network, ...]) -> tuple[str, ...]:
+    """Return the node's addresses that serve node ports: never one of loopback."""
+    found = env.host.snapshot.ips_in(env.family, ranges)
+    return tuple(ip for ip in found if not ip.startswith("127.") and ip != "::1")
+
+
+async def audit(target: NfTarget, env: Env) -> None:
+    """Have the table compared with what it should be, whenever somebody changed any rules.
+
+    The kernel numbers the states of all rules together: a number that is not the one we left
+    may mean a change of other tables, or of ours.
+    """
+    nf = NfTables()
+    try:
+        while True:
+            await asyncio.sleep(AUDIT_SECONDS)
+            known = target.generation
+            if known is None or nf.generation().id == known:
+                continue
+            env.resync()
+            await asyncio.sleep(AUDIT_SHARE * target.read_seconds)
+    finally:
+        nf.close()

@@ -1,0 +1,425 @@
+"""What table ``pyproxy`` of nf_tables contains for a plan: a fixed part, and items of each owner.
+
+No chain belongs to a Service. A frontend is an element of a verdict map and goes to a chain that
+all pools of its size share; its endpoints are numbered elements of a data map, from which that
+chain picks. So a change is a few elements, whatever the size of the cluster. Services with
+session affinity alone have chains and sets of their own, one for each endpoint.
+"""
+
+from base64 import b32encode
+from collections import Counter as Multiset
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from ipaddress import collapse_addresses
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from pyproxy.balancer import turn_of
+from pyproxy.model import (
+    Action,
+    Address,
+    Drop,
+    Family,
+    Forward,
+    Frontend,
+    Network,
+    Pool,
+    PortPlan,
+    Proto,
+    Reject,
+    Route,
+    Scheduler,
+    ServicePortName,
+)
+from pyproxy.rules.nft import (
+    PROTO_NUMBERS,
+    Dnat,
+    DnatPick,
+    Element,
+    Field,
+    MatchInput,
+    MatchLocal,
+    MatchNetwork,
+    MatchProto,
+    MatchSet,
+    Pick,
+    PickKind,
+    PickVerdict,
+    Rule,
+    Set,
+    SetMark,
+    Statement,
+    TypeName,
+    UpdateSet,
+    Verdict,
+    packed_ip,
+    packed_slot,
+)
+
+CHAIN = "chain"  # containers of items that are no elements
+AFFINITY_SET = "affinity-set"
+LONGEST_NAME = 230  # of an owner, to which words are added; NFT_NAME_MAXLEN is 256
+LONGEST_TURN = 256  # slots of a pool, if it has no more backends
+REFUSE = Verdict("goto", "refuse")
+PICKS: Mapping[Scheduler | None, tuple[str, PickKind]] = {
+    None: ("", "random"),
+    "random": ("", "random"),
+    "lc": ("", "random"),  # no rule can count connections
+    "rr": ("-rr", "turn"),
+    "wrr": ("-rr", "turn"),
+    "sh": ("-sh", "source"),
+}
+
+
+class Item(NamedTuple):
+    """One thing that an owner has in the table. ``owner`` only where others may want the same."""
+
+    container: str
+    key: bytes | str
+    owner: ServicePortName | None = None
+
+
+# Data of a map; an element with a verdict, a comment or an interval; the rules of a chain; a set.
+Content = bytes | Element | tuple[Rule, ...] | Set
+Items = dict[Item, Content]
+PRESENT = b""  # the content of an element that has none
+
+
+class Place(NamedTuple):
+    """Where frontends of one kind are kept."""
+
+    prefix: str
+    fields: tuple[Field, ...]
+    frontends: str
+    refusals: str
+    endpoints: str
+    local_endpoints: str
+
+
+SERVICE = Place(
+    "", ("daddr", "l4proto", "dport"), "service-ips", "no-endpoints", "endpoints", "local-endpoints"
+)
+NODE_PORT = Place(
+    "node-", ("l4proto", "dport"), "node-ports", "no-endpoint-node-ports",
+    "node-port-endpoints", "local-node-port-endpoints",
+)  # fmt: skip
+
+
+class Ruleset(Struct, frozen=True):
+    """What the rules of one family depend on besides the plan.
+
+    ``pods`` recognises connections of this node's pods: a network of theirs, or an interface's
+    name, with a star at the end for a prefix; None if nothing does.
+    """
+
+    family: Family
+    mark: int = 0x4000
+    pods: Network | str | None = None
+    masquerade_all: bool = False
+    node_port_ips: tuple[str, ...] | None = None  # None: every address of the node
+    service_cidrs: tuple[Network, ...] = ()
+
+
+class Entrance(NamedTuple):
+    """A chain to send connections to, and the chains and sets that must exist for it."""
+
+    chain: str
+    needs: tuple[tuple[str, str, Content], ...]  # container, name, content
+
+
+def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Content]) -> Items:
+    """Return the items of one owner.
+
+    ``before`` has those it had: endpoints keep the slots they are in, so that one that comes or
+    goes moves at most one other.
+    """
+    items: Items = {}
+    comment = str(port.owner)
+    for route in port.routes:
+        place = SERVICE if route.frontend.ip else NODE_PORT
+        key = frontend_key(route.frontend)
+        verdict = refusal(route)
+        if verdict is not None:
+            element = Element(key, data=verdict, comment=comment)
+            items[Item(place.refusals, key)] = element
+        else:
+            entrance = entrance_for(ruleset, port.owner, route, place)
+            for container, name, content in entrance.needs:
+                items[Item(container, name, port.owner)] = content
+            goto = Verdict("goto", entrance.chain)
+            items[Item(place.frontends, key)] = Element(key, data=goto, comment=comment)
+            items |= numbered_endpoints(route, place, key, before)
+        if route.kind == "ClusterIP":
+            items[Item("cluster-ips", packed_ip(route.frontend.ip), port.owner)] = PRESENT
+        if route.allowed_sources is not None:
+            items |= guarded(key, route.allowed_sources)
+    for address in local_backends(port):
+        items[Item("hairpin", hairpin_key(address, port.owner.proto), port.owner)] = PRESENT
+    return items
+
+
+def refusal(route: Route) -> Verdict | None:
+    """Return what meets everybody at this frontend, if it is the same and no pool."""
+    actions = (route.from_pod, route.from_node, route.from_outside)
+    if all(isinstance(action, Reject) for action in actions):
+        return REFUSE
+    return Verdict("drop") if all(isinstance(a, Drop) for a in actions) else None
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def frontend_key(frontend: Frontend) -> bytes:
+    """Return the packed address, protocol and port; of a node port, only the last two."""
+    ip = packed_ip(frontend.ip) if frontend.ip else b""
+    return ip + port_key(frontend.proto, frontend.port)
+
+
+@lru_cache(maxsize=8192)
+def port_key(proto: Proto, port: int) -> bytes:
+    return bytes([PROTO_NUMBERS[proto], 0, 0, 0]) + port.to_bytes(2, "big") + b"\0\0"
+
+
+def endpoint_data(address: Address) -> bytes:
+    return packed_ip(address.ip) + address.port.to_bytes(2, "big") + b"\0\0"
+
+
+def hairpin_key(address: Address, proto: Proto) -> bytes:
+    ip = packed_ip(address.ip)
+    return ip + ip + port_key(proto, address.port)
+
+
+def guarded(key: bytes, sources: Sequence[Network]) -> Items:
+    """Return what lets nobody but ``sources`` in at a frontend.
+
+    Networks that overlap are united: the kernel's kind of set refuses to hold both.
+    """
+    items: Items = {Item("guarded", key): PRESENT}
+    for network in collapse_addresses(sources):  # type: ignore[type-var]  # a union is no TypeVar
+        first = key + network.network_address.packed
+        last = key + network.broadcast_address.packed
+        items[Item("allowed", first + last)] = Element(first, key_end=last)
+    return items
+
+
+# --- endpoints ------------------------------------------------------------------------------------
+
+
+def numbered_endpoints(
+    route: Route, place: Place, key: bytes, before: Mapping[Item, Content]
+) -> Items:
+    """Return the numbered endpoints of a frontend: of all its pool, and of the local one apart."""
+    items: Items = {}
+    for pool, container in pools_of(route, place):
+        if pool.affinity_seconds is None:
+            addresses = [endpoint_data(address) for address in turn(pool)]
+            for slot, data in enumerate(settled(addresses, container, key, before)):
+                items[Item(container, key + packed_slot(slot))] = data
+    return items
+
+
+def settled(
+    wanted: Sequence[bytes], container: str, key: bytes, before: Mapping[Item, Content]
+) -> list[bytes]:
+    """Return the endpoints by slot: each stays where it was if its slot still exists."""
+    left = Multiset(wanted)
+    slots: list[bytes | None] = [None] * len(wanted)
+    for slot in range(len(wanted)):
+        old = before.get(Item(container, key + packed_slot(slot)))
+        if isinstance(old, bytes) and left[old] > 0:
+            slots[slot] = old
+            left[old] -= 1
+    others = iter([data for data in wanted if take(left, data)])
+    return [data if data is not None else next(others) for data in slots]
+
+
+def take(left: Multiset[bytes], data: bytes) -> bool:
+    if left[data] <= 0:
+        return False
+    left[data] -= 1
+    return True
+
+
+def turn(pool: Pool) -> tuple[Address, ...]:
+    return turn_of(pool, longest=LONGEST_TURN)
+
+
+def pools_of(route: Route, place: Place) -> Iterator[tuple[Pool, str]]:
+    """Yield the pools of a route, with the map that has their endpoints."""
+    shared, outside = pool_of(route.from_node), pool_of(route.from_outside)
+    if shared is not None:
+        yield shared, place.endpoints
+    if outside is not None and outside != shared:
+        yield outside, place.local_endpoints
+
+
+def pool_of(action: Action) -> Pool | None:
+    return action.pool if isinstance(action, Forward) else None
+
+
+def local_backends(port: PortPlan) -> set[Address]:
+    """Return the backends on this node: one may be given a connection of its own."""
+    pools: dict[int, Pool] = {}
+    for route in port.routes:
+        for action in (route.from_node, route.from_outside):
+            if isinstance(action, Forward):
+                pools[id(action.pool)] = action.pool
+    return {b.address for pool in pools.values() for b in pool.backends if b.is_local}
+
+
+# --- chains ---------------------------------------------------------------------------------------
+
+
+def entrance_for(ruleset: Ruleset, owner: ServicePortName, route: Route, place: Place) -> Entrance:
+    """Return the chain for a frontend that forwards at least one origin.
+
+    The masquerading of cluster IPs is a rule of the fixed part: it depends on the origin alone.
+    """
+    pool, outside = pool_of(route.from_node), pool_of(route.from_outside)
+    assert pool is not None, "what the node cannot reach, nobody can"
+    whole = pool_entrance(owner, pool, place, place.endpoints)
+    if route.kind == "ClusterIP":
+        return whole
+    if outside == pool and masquerades(route.from_outside):
+        return marked(ruleset, owner, whole)
+    local = pool_entrance(owner, outside, place, place.local_endpoints) if outside else None
+    return local_only(ruleset, owner, whole, local, place)
+
+
+def masquerades(action: Action) -> bool:
+    return isinstance(action, Forward) and action.masquerade
+
+
+def pool_entrance(owner: ServicePortName, pool: Pool, place: Place, container: str) -> Entrance:
+    if pool.affinity_seconds is not None:
+        local = container in (SERVICE.local_endpoints, NODE_PORT.local_endpoints)
+        return affine(owner, pool, pool.affinity_seconds, "local" if local else "service")
+    return shared_pick(place, container, pool.scheduler, len(turn(pool)))
+
+
+@lru_cache(maxsize=4096)
+def shared_pick(place: Place, container: str, scheduler: Scheduler | None, count: int) -> Entrance:
+    """Return the chain that picks one of ``count`` numbered endpoints."""
+    word, kind = PICKS[scheduler]
+    local = "-local" if container == place.local_endpoints else ""
+    name = f"{place.prefix}pick{local}{word}-{count}"
+    rule = Rule(name, (DnatPick(place.fields, Pick(kind, count), container),))
+    return Entrance(name, ((CHAIN, name, (rule,)),))
+
+
+def marked(ruleset: Ruleset, owner: ServicePortName, pick: Entrance) -> Entrance:
+    """Return the chain that has connections masqueraded before they are given a backend."""
+    name = f"external-{identity(owner)}" if is_own(pick) else f"{pick.chain}-masq"
+    rules = (
+        Rule(name, (SetMark(ruleset.mark),)),
+        Rule(name, (Verdict("goto", pick.chain),)),
+    )
+    return Entrance(name, (*pick.needs, (CHAIN, name, rules)))
+
+
+def local_only(
+    ruleset: Ruleset,
+    owner: ServicePortName,
+    whole: Entrance,
+    local: Entrance | None,
+    place: Place,
+) -> Entrance:
+    """Return the chain of external policy Local.
+
+    This node's pods and its processes reach all endpoints, the latter masqueraded; others those
+    of this node, and without any, nothing.
+    """
+    if is_own(whole):
+        name = f"external-{identity(owner)}"
+    else:
+        here = local.chain.removeprefix(place.prefix) if local else "nothing"
+        name = f"{place.prefix}local-{whole.chain.removeprefix(place.prefix)}-{here}"
+    goto_whole = Verdict("goto", whole.chain)
+    from_pods = pod_match(ruleset)
+    rules = [
+        *([Rule(name, (from_pods, goto_whole))] if from_pods is not None else []),
+        Rule(name, (MatchLocal("saddr"), SetMark(ruleset.mark), goto_whole)),
+        Rule(name, (Verdict("goto", local.chain) if local else Verdict("drop"),)),
+    ]
+    needs = (*whole.needs, *(local.needs if local else ()))
+    return Entrance(name, (*needs, (CHAIN, name, tuple(rules))))
+
+
+def pod_match(ruleset: Ruleset, *, inside: bool = True) -> Statement | None:
+    if ruleset.pods is None:
+        return None
+    if isinstance(ruleset.pods, str):
+        return MatchInput(ruleset.pods, same=inside)
+    return MatchNetwork("saddr", ruleset.pods, inside=inside)
+
+
+# --- affinity -------------------------------------------------------------------------------------
+
+
+def affine(owner: ServicePortName, pool: Pool, seconds: int, kind: str) -> Entrance:
+    """Return the chain of a pool that remembers its clients.
+
+    Each endpoint has a set of clients, filled by packets and emptied by time, which no sync
+    touches; kube-proxy's rules have the same form.
+    """
+    chain = f"{kind}-{identity(owner)}"
+    names = {b.address: endpoint_identity(owner, b.address) for b in pool.backends}
+    known = [
+        Rule(
+            chain, (MatchSet(("saddr",), clients_of(n, seconds)), Verdict("goto", f"endpoint-{n}"))
+        )
+        for n in names.values()
+    ]
+    backends = turn(pool)
+    verdicts = tuple(Verdict("goto", f"endpoint-{names[address]}") for address in backends)
+    pick = Pick(PICKS[pool.scheduler][1], len(backends))
+    needs: list[tuple[str, str, Content]] = []
+    for address, name in names.items():
+        clients = clients_of(name, seconds)
+        needs.append((AFFINITY_SET, clients, affinity_set(clients, address, seconds)))
+        needs.append((CHAIN, f"endpoint-{name}", endpoint_rules(owner, name, clients, address)))
+    rules = (*known, Rule(chain, (PickVerdict(pick, verdicts),)))
+    return Entrance(chain, (*needs, (CHAIN, chain, rules)))
+
+
+def affinity_set(name: str, address: Address, seconds: int) -> Set:
+    key: TypeName = "ipv6_addr" if ":" in address.ip else "ipv4_addr"
+    return Set(name, (key,), flags=("dynamic", "timeout"), timeout_seconds=seconds)
+
+
+def clients_of(name: str, seconds: int) -> str:
+    """Return the name of an endpoint's set of clients: another time-out makes it another set."""
+    return f"affinity-{name}/{seconds}s"
+
+
+def endpoint_rules(
+    owner: ServicePortName, name: str, clients: str, address: Address
+) -> tuple[Rule, ...]:
+    chain = f"endpoint-{name}"
+    return (
+        Rule(chain, (UpdateSet(clients, "saddr"),)),
+        Rule(chain, (MatchProto(owner.proto), Dnat(address))),
+    )
+
+
+def is_own(entrance: Entrance) -> bool:
+    """Say whether a chain is its owner's alone."""
+    return "/" in entrance.chain
+
+
+def identity(owner: ServicePortName) -> str:
+    """Return a name of an owner for chains: what people read, after what makes it unique."""
+    return named(f"{owner.namespace}/{owner.service}/{owner.proto.lower()}/{owner.port}")
+
+
+def endpoint_identity(owner: ServicePortName, address: Address) -> str:
+    base = f"{owner.namespace}/{owner.service}/{owner.proto.lower()}/{owner.port}"
+    return named(f"{base}__{address.ip.replace(':', '.')}/{address.port}")
+
+
+@lru_cache(maxsize=4096)
+def named(base: str) -> str:
+    digest = b32encode(sha256(base.encode()).digest())[:8].decode()
+    return f"{digest}-{base}"[:LONGEST_NAME]
