@@ -4,9 +4,10 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 from msgspec import Struct
 
@@ -25,23 +26,23 @@ from pyproxy.config import (
 from pyproxy.config.check import family_problems
 from pyproxy.config.file import dump
 from pyproxy.health import Health
+from pyproxy.health_ports import HealthPorts
 from pyproxy.host import Host
-from pyproxy.http import About, ListenError, ServiceHealthServers, health_server, metrics_server
+from pyproxy.http import About, ListenError, health_server, metrics_server
 from pyproxy.lane import Lane
 from pyproxy.log import set_verbosity
 from pyproxy.metrics import Metrics
 from pyproxy.model import (
-    ApiObject,
     Change,
     Family,
     Kind,
-    Node,
     ObjectName,
     Remove,
     Replace,
     ServiceCIDR,
     Upsert,
 )
+from pyproxy.own_node import NodeError, OwnNode
 from pyproxy.plan import Site
 from pyproxy.reconcile import Clock, Proxier
 from pyproxy.runner import Pace
@@ -49,8 +50,7 @@ from pyproxy.telemetry import Telemetry
 from pyproxy.topology import Place
 
 FULL_SYNC_SECONDS = 3600.0
-NODE_IPS_SECONDS = 30.0  # how long the first sync waits for the Node's addresses
-POD_CIDRS_SECONDS = 300.0  # and for its pod CIDRs, where they tell pods from others
+CLEANUP_SECONDS = 60.0
 GATING: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node")
 WILDCARD: dict[Family, str] = {4: "0.0.0.0", 6: "::"}
 
@@ -89,6 +89,7 @@ class Settings(Struct, frozen=True):
     families: tuple[Family, ...]
     flags: Mapping[str, str]
     init_only: bool = False
+    succeeds_others: bool = False  # after the first sync, remove what others left on the node
     waits_for_node: bool = True  # an API server may yet complete the Node; a manifest will not
 
 
@@ -105,9 +106,9 @@ class App:
         self._health = Health(2 * sync_seconds)
         self._telemetry = Telemetry(self._health, metrics, clock.unix)
         self._listed = {kind: asyncio.Event() for kind in GATING}
-        self._node: Node | None = None
+        by_cidr = config.detect_local_mode == "NodeCIDR"
+        self._own = OwnNode(settings.node_name, needs_pod_cidrs=by_cidr)
         self._service_cidrs: dict[str, frozenset[str]] = {}
-        self._node_news = asyncio.Event()
         self._synced = asyncio.Event()
         self._stop = asyncio.Event()
         self._host = Host(with_routes=config.detect_local_mode == "InterfaceNamePrefix")
@@ -133,7 +134,7 @@ class App:
                 raise Stopped
         except* Stopped:
             pass
-        except* (Fatal, ListenError) as group:
+        except* (Fatal, ListenError, NodeError) as group:
             raise Fatal(str(first_of(group))) from None
         finally:
             await self._feed.aclose()
@@ -167,9 +168,10 @@ class App:
         """Once all is known that a first sync needs, begin to write, and go on."""
         for kind in GATING:
             await self._listed[kind].wait()
-        await self._node_is_complete()
+        if self._settings.waits_for_node:
+            await self._own.complete()
         await self._host.read()
-        ips = detect_node_ips(self._settings.config, self._node.ips if self._node else ())
+        ips = detect_node_ips(self._settings.config, self._own.ips)
         self._check_families(ips)
         for problem in proxier.load(self._settings.config.mode).prepare(self._settings.config):
             log.warning("kernel setting", extra={"problem": problem})
@@ -179,6 +181,7 @@ class App:
             self._stop.set()
             return
         self._record(tasks, "Starting", "")
+        self._own.in_use = True
         self._move()
         for lane, carrier in zip(self._lanes, self._proxiers, strict=True):
             self._telemetry.started(lane.family)
@@ -186,46 +189,16 @@ class App:
         async with asyncio.TaskGroup() as running:
             for lane in self._lanes:
                 running.create_task(lane.run(), name=f"sync IPv{lane.family}")
-            running.create_task(self._keep_health_ports(ips, tasks), name="health ports")
-
-    async def _node_is_complete(self) -> None:
-        """Wait, for so long, until the Node says what a plan needs of it."""
-        if not self._settings.waits_for_node:
-            return
-        by_cidr = self._settings.config.detect_local_mode == "NodeCIDR"
-        if not await self._node_gets("ips", NODE_IPS_SECONDS):
-            self._node_stays_incomplete(needs_cidrs=False)
-        if by_cidr and not await self._node_gets("pod_cidrs", POD_CIDRS_SECONDS):
-            self._node_stays_incomplete(needs_cidrs=True)
-
-    async def _node_gets(self, field: Literal["ips", "pod_cidrs"], seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                while self._node is None or not getattr(self._node, field):
-                    self._node_news.clear()
-                    await self._node_news.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    def _node_stays_incomplete(self, *, needs_cidrs: bool) -> None:
-        name = self._settings.node_name
-        if not needs_cidrs:
-            log.error("the Node has no addresses: going on without", extra={"node": name})
-        elif self._node is None:
-            raise Fatal(f"time-out waiting for Node {name} to exist: is --hostname-override right?")
-        else:
-            raise Fatal(
-                f"time-out waiting for Node {name} to get a PodCIDR: detectLocalMode NodeCIDR "
-                "needs the cluster to allocate them"
-            )
+            ports = self._health_ports(tasks, ips)
+            running.create_task(ports.keep(self._synced), name="health ports")
+            running.create_task(self._settle(), name="settle")
 
     def _check_families(self, ips: NodeIPs) -> None:
         """Compare the settings with the families of this node. Raises ``Fatal``."""
         families = self._settings.families
         if ips.primary not in families:
             raise Fatal(f"this node has no IPv{ips.primary}, the family of its first address")
-        pod_cidrs = self._node.pod_cidrs if self._node else ()
+        pod_cidrs = self._own.node.pod_cidrs if self._own.node else ()
         found = family_problems(
             self._settings.config, ips.primary, pod_cidrs, dual_stack=len(families) == 2
         )
@@ -247,7 +220,7 @@ class App:
             clock=self._clock,
             tasks=tasks,
             host=self._host,
-            node=self._node,
+            node=self._own.node,
             node_ips=tuple(ip for ip in known if ip not in ("127.0.0.1", "::1")),
             observe=self._telemetry.connection,
             service_cidrs=lambda: tuple(sorted(set().union(*self._service_cidrs.values()))),
@@ -273,21 +246,8 @@ class App:
             self._listed[change.kind].set()
 
     def _see_node(self, change: Change) -> None:
-        """Take in what became of our Node. One that is deleted is remembered as it was."""
-        objects: tuple[ApiObject, ...] = ()
-        match change:
-            case Upsert(obj=obj):
-                objects = (obj,)
-            case Replace(objects=listed):
-                objects = listed
-            case Remove():
-                pass
-        for node in objects:
-            if isinstance(node, Node) and node.name == self._settings.node_name:
-                before, self._node = self._node, node
-                self._health.node_seen(node)
-                self._node_news.set()
-                self._compare(before, node)
+        self._own.see(change)
+        self._health.node_seen(self._own.node)
         if self._proxiers:
             self._move()
 
@@ -307,23 +267,14 @@ class App:
             for lane in self._lanes:
                 lane.resync()
 
-    def _compare(self, before: Node | None, node: Node) -> None:
-        if before is None or not self._proxiers:
-            return
-        by_cidr = self._settings.config.detect_local_mode == "NodeCIDR"
-        if by_cidr and before.pod_cidrs != node.pod_cidrs:
-            raise Fatal(f"the PodCIDRs of Node {node.name} changed: a restart is needed")
-        if before.ips != node.ips:
-            log.warning("the Node's addresses changed", extra={"ips": ",".join(node.ips)})
-
     def _move(self) -> None:
         """Tell all lanes where the node is."""
-        config, node = self._settings.config, self._node
-        ips = detect_node_ips(config, node.ips if node else ())
+        config, node = self._settings.config, self._own.node
+        ips = detect_node_ips(config, self._own.ips)
         by_interface = config.detect_local_mode in ("BridgeInterface", "InterfaceNamePrefix")
         for lane in self._lanes:
             site = Site(
-                place=Place(self._settings.node_name, node.zone if node else ""),
+                place=Place(self._settings.node_name, self._own.zone),
                 node_ip=ips.ip4 if lane.family == 4 else ips.ip6,
                 detects_pods=by_interface or local_cidr(config, lane.family, node) is not None,
                 masquerade_all=masquerade_all(config, self._settings.config.mode),
@@ -332,33 +283,45 @@ class App:
 
     # --- health check node ports, Events ------------------------------------------------------
 
-    async def _keep_health_ports(self, ips: NodeIPs, tasks: asyncio.TaskGroup) -> None:
-        """After each successful sync, answer for the Services that have such a port."""
-        servers = {lane: self._health_servers(lane.family, ips, tasks) for lane in self._lanes}
+    async def _settle(self) -> None:
+        """When all lanes have written once: the node is served, and what others left can go."""
         for lane in self._lanes:
             await lane.first_sync.wait()
         log.info("serving")
         gc.collect()
         gc.freeze()  # what the first lists left is there to stay: do not walk it again and again
-        try:
-            while True:
-                await self._synced.wait()
-                self._synced.clear()
-                for lane, responders in servers.items():
-                    await responders.update(lane.health_ports())
-        finally:
-            for responders in servers.values():
-                await responders.aclose()
+        if self._settings.succeeds_others:
+            await self._clean_up_after_others()
 
-    def _health_servers(
-        self, family: Family, ips: NodeIPs, tasks: asyncio.TaskGroup
-    ) -> ServiceHealthServers:
-        ranges = node_port_cidrs(self._settings.config, family, (ips.ip4, ips.ip6))
-        addresses = [WILDCARD[family]]
-        if ranges is not None:
-            addresses = self._host.snapshot.ips_in(family, ranges)
-        failed = partial(self._health_port_failed, tasks)
-        return ServiceHealthServers(addresses, self._health, self._clock.unix, failed)
+    async def _clean_up_after_others(self) -> None:
+        """Remove what kube-proxy or another mode left: now that ours works, nothing breaks.
+
+        A process of its own, so that this one never imports a mode that it does not run.
+        """
+        words = (sys.executable, "-m", "pyproxy", "cleanup", f"--keep={self._settings.config.mode}")
+        try:
+            async with asyncio.timeout(CLEANUP_SECONDS):
+                process = await asyncio.create_subprocess_exec(
+                    *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+                )
+                output, _ = await process.communicate()
+        except (OSError, TimeoutError) as error:
+            log.warning("cannot clean up after others", extra={"error": str(error)})
+            return
+        if process.returncode:
+            lines = "; ".join(output.decode(errors="replace").splitlines()[-3:])
+            log.warning("cannot clean up after others", extra={"error": lines})
+
+    def _health_ports(self, tasks: asyncio.TaskGroup, ips: NodeIPs) -> HealthPorts:
+        config, failed = self._settings.config, partial(self._health_port_failed, tasks)
+        addresses: dict[Family, list[str]] = {}
+        for family in self._settings.families:
+            ranges = node_port_cidrs(config, family, (ips.ip4, ips.ip6))
+            own = [WILDCARD[family]]
+            addresses[family] = (
+                own if ranges is None else self._host.snapshot.ips_in(family, ranges)
+            )
+        return HealthPorts(self._lanes, addresses, self._health, self._clock.unix, failed)
 
     def _health_port_failed(
         self, tasks: asyncio.TaskGroup, service: ObjectName, error: str

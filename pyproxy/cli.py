@@ -71,7 +71,7 @@ def run(options: Options) -> int:
     for oddity in oddities:
         log.warning(oddity)
     if options.cleanup:
-        return clean_up()
+        return clean_up(options.keep)
     return serve(options, config, node_name(config, hostname), text)
 
 
@@ -149,6 +149,7 @@ async def serving(options: Options, config: Config, node: str, text: str | None)
         families=families(),
         flags=flag_values(options),
         init_only=options.init_only,
+        succeeds_others=True,
         waits_for_node=not options.manifests,
     )
     metrics = Metrics(config.mode, settings.families)
@@ -169,16 +170,22 @@ async def serving(options: Options, config: Config, node: str, text: str | None)
     return 0
 
 
-def clean_up() -> int:
-    """Remove what each mode may have left on this node, and say what could not be removed."""
+def clean_up(keep: str) -> int:
+    """Remove what each mode may have left on this node, and say what could not be removed.
+
+    Of the mode to keep, only what kube-proxy left in its stead is removed.
+    """
     from pyproxy.process import families
+
+    if keep and keep not in proxier.modes():
+        return fail(f"--keep={keep}: there is no such mode{did_you_mean(keep, proxier.modes())}")
 
     async def clear() -> int:
         problems = [
             f"{mode}, IPv{family}: {problem}"
             for mode in proxier.modes()
             for family in families()
-            if (problem := await proxier.load(mode).cleanup(family)) is not None
+            if (problem := await proxier.load(mode).cleanup(family, ours=mode != keep)) is not None
         ]
         return fail(*problems) if problems else 0
 

@@ -38,6 +38,7 @@ class Options(Struct, frozen=True):
     config: str = ""
     write_config_to: str = ""
     cleanup: bool = False
+    keep: str = ""
     init_only: bool = False
     master: str = ""
     version: bool = False

@@ -340,6 +340,7 @@ GROUPS: Final = (
         "Do one thing and exit",
         (
             Flag("cleanup", BOOL, "", "Remove the rules of every mode."),
+            Flag("keep", STRING, "", "With --cleanup: leave this mode's.", placeholder="MODE"),
             Flag(
                 "init-only",
                 BOOL,

@@ -114,12 +114,13 @@ class Fronts:
         for frontend, held in list(self._held.items()):
             if held.front is None:
                 continue
-            front, picker = held.front, held.front.picker
-            if moved and not frontend.ip:
-                front.close()
-                front = None
+            picker, stays = held.front.picker, bool(frontend.ip) or not moved
+            if not stays:
+                held.front.close()
             try:
-                held.front = self._served(frontend, front, held.listener, picker)
+                held.front = self._served(
+                    frontend, held.front if stays else None, held.listener, picker
+                )
             except OSError as error:
                 self.close(frontend)
                 problem = why_not(error, frontend.port)

@@ -54,12 +54,11 @@ def build(env: Env) -> Proxier:
     return Tracked(Reconciler("nftables", env.family, compiled, target, env.clock), env)
 
 
-async def cleanup(family: Family) -> str | None:
-    """Delete our table and kube-proxy's, whichever process left them."""
+async def cleanup(family: Family, *, ours: bool = True) -> str | None:
+    """Delete kube-proxy's table, and ours, whichever process left them."""
+    names = ["kube-proxy", *([nft_base.TABLE_NAME] if ours else [])]
     try:
-        await asyncio.to_thread(
-            delete_tables, [Table(family, nft_base.TABLE_NAME), Table(family, "kube-proxy")]
-        )
+        await asyncio.to_thread(delete_tables, [Table(family, name) for name in names])
     except (NfError, OSError) as error:
         return str(error)
     return None

@@ -43,8 +43,10 @@ def build(env: Env) -> Proxier:
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
-async def cleanup(family: Family) -> str | None:
-    """Remove the local routes: all that outlives the process."""
+async def cleanup(family: Family, *, ours: bool = True) -> str | None:
+    """Remove the local routes: all that outlives the process. kube-proxy has none."""
+    if not ours:
+        return None
     routes = Vips(family, None)
     try:
         left = routes.remove(routes.listed())

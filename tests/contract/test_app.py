@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from pyproxy import app as app_module
+from pyproxy import own_node
 from pyproxy.app import App, Fatal, Settings
 from pyproxy.config import Config
 from pyproxy.demo.expect import Reply
@@ -186,15 +186,15 @@ async def test_another_pod_cidr_is_nothing_where_pods_are_told_otherwise():
 
 
 async def test_a_node_without_pod_cidrs_is_fatal_where_they_are_needed(monkeypatch):
-    monkeypatch.setattr(app_module, "POD_CIDRS_SECONDS", 0.0)
+    monkeypatch.setattr(own_node, "POD_CIDRS_SECONDS", 0.0)
     feed = FakeFeed(*NOTHING, Replace("Node", (Node("here", ips=("127.0.0.1",)),)))
     with pytest.raises(Fatal, match="waiting for Node here to get a PodCIDR"):
         await Proxy(feed, detect_local_mode="NodeCIDR").run()
 
 
 async def test_a_node_that_never_exists_is_fatal_where_its_pod_cidrs_are_needed(monkeypatch):
-    monkeypatch.setattr(app_module, "NODE_IPS_SECONDS", 0.0)
-    monkeypatch.setattr(app_module, "POD_CIDRS_SECONDS", 0.0)
+    monkeypatch.setattr(own_node, "IPS_SECONDS", 0.0)
+    monkeypatch.setattr(own_node, "POD_CIDRS_SECONDS", 0.0)
     feed = FakeFeed(*NOTHING, Replace("Node", ()))
     with pytest.raises(Fatal, match="Node here to exist: is --hostname-override right"):
         await Proxy(feed, detect_local_mode="NodeCIDR").run()
