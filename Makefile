@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 MODE ?= userspace
 KIT ?= ../shared/conformance
 # Tools of the tests and of the demo, and the Debian packages that have them.
-TOOLS := ip:iproute2 unshare:util-linux
+TOOLS := ip:iproute2 unshare:util-linux nft:nftables
 KIT_TOOLS := nft:nftables iptables:iptables conntrack:conntrack
 
 .PHONY: help setup demo test check format netns conformance bench clean

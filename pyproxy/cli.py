@@ -16,7 +16,7 @@ from pyproxy.config.file import Loaded, dump
 from pyproxy.config.flags import Options, effective_config, flag_values, help_text, parse
 from pyproxy.config.text import ConfigError, did_you_mean
 
-COMMANDS = ("run", "demo", "cleanup", "version", "help")
+COMMANDS = ("run", "demo", "render", "cleanup", "version", "help")
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from pyproxy import demo
 
                 return demo.main(words)
-            case "version":
-                return show(f"pyproxy {__version__}")
-            case "help":
-                return show(help_text())
+            case "render":
+                return render(words)
+            case "version" | "help":
+                return run(parse([f"--{command}"]))
             case _:
                 return fail(f'unknown command "{command}"{did_you_mean(command, COMMANDS)}')
     except ConfigError as error:
@@ -73,6 +73,24 @@ def run(options: Options) -> int:
     if options.cleanup:
         return clean_up(options.keep)
     return serve(options, config, node_name(config, hostname), text)
+
+
+def render(words: Sequence[str]) -> int:
+    """Print what serving some manifests would make of this node."""
+    from pyproxy.render import RenderError, rendered, request
+
+    wanted, shared = request(words)
+    options = parse(shared)
+    hostname = socket.gethostname()
+    try:
+        config, _ = loaded(options, file_text(options), hostname)
+        node = node_name(config, hostname)
+        text, remarks = rendered(wanted, config, node, options.service_cidr)
+    except (SettingsError, RenderError) as error:
+        return fail(*error.args)
+    fail(*remarks)  # told, and no reason to print nothing
+    sys.stdout.write(text)
+    return 0
 
 
 def file_text(options: Options) -> str | None:

@@ -28,6 +28,7 @@ _USAGE: Final = (
     ("pyproxy [flags]", "the same"),
     ("pyproxy cleanup", "remove the rules of every mode"),
     ("pyproxy demo", "see it work, without a cluster"),
+    ("pyproxy render -f FILE", "print the rules for manifests, changing nothing"),
 )
 _HELP_COLUMN: Final = 30
 

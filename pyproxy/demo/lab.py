@@ -44,6 +44,10 @@ SYSCTLS = {
     "net/ipv4/ip_forward": "1",
     "net/ipv4/conf/all/rp_filter": "0",
     "net/ipv4/conf/default/rp_filter": "0",
+    # What is refused comes in and would go out by one interface: the kernel would tell the client
+    # of a better way, and take from the ration of ICMP messages that the refusal needs.
+    "net/ipv4/conf/all/send_redirects": "0",
+    "net/ipv4/conf/default/send_redirects": "0",
     "net/ipv6/conf/all/disable_ipv6": "0",
     "net/ipv6/conf/default/disable_ipv6": "0",
     "net/ipv6/conf/all/accept_dad": "0",

@@ -5,6 +5,7 @@ owners may want (a shared chain, a cluster IP, a hairpin) are there while anybod
 """
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -50,6 +51,30 @@ class Messages:
         return packed
 
 
+class OwnRun:
+    """The latest generations in a row that were all made by this process.
+
+    The kernel numbers the states of all tables together: of a step from one to the next, only
+    who makes it knows whose it is.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # held from one reading of the number to the next
+        self._first = self._last = -1
+
+    def add(self, before: int, after: int) -> None:
+        if before != self._last:
+            self._first = before
+        self._last = after
+
+    def since(self, generation: int) -> int:
+        """Return the newest generation that nobody else had a part in since this one."""
+        return self._last if self._first <= generation <= self._last else generation
+
+
+_own_run = OwnRun()  # the process's: the families have tables, and threads, of their own
+
+
 class NfTarget:
     """Table ``pyproxy`` of one family."""
 
@@ -70,8 +95,13 @@ class NfTarget:
         self._leftovers: set[str] = set()  # chains and sets that nobody uses
         self._sure = False  # that ``_held`` is what we left
         self._sweep_all = False
-        self.generation: int | None = None  # of the rule set, after our last write
+        self._read_at: int | None = None  # the generation that was read
         self.read_seconds = 0.0  # how long the table took to read
+
+    @property
+    def generation(self) -> int | None:
+        """The newest generation of the rule set in which the table is known to be ours alone."""
+        return None if self._read_at is None else _own_run.since(self._read_at)
 
     async def adopt(self) -> Mapping[Item, Content]:
         """Read the table. What is not as it should be in its fixed part is mended by ``apply``."""
@@ -125,7 +155,7 @@ class NfTarget:
         table, ruleset = self._table, self._ruleset()
         self._held, self._users, self._leftovers = Held(), {}, set()
         self._sweep_all = True
-        self.generation = nf.generation().id
+        self._read_at = nf.generation().id
         chains = {chain.name: chain for chain in nf.chains(table)}
         sets = nf.sets(table)
         sound = all(chains.get(c.name) == c for c in nft_base.CHAINS) and all(
@@ -278,11 +308,12 @@ class NfTarget:
         if not messages:
             return
         nf = self._socket()
-        before = nf.generation().id
-        nf.commit(messages)
-        after = nf.generation().id
-        # Another generation in between was somebody else's: leave ours unknown to the audit.
-        self.generation = after if after == before + 1 else before
+        with _own_run.lock:
+            before = nf.generation().id
+            nf.commit(messages)
+            after = nf.generation().id
+            if after == before + 1:  # else somebody else's came in between
+                _own_run.add(before, after)
 
     def _sweep(self) -> None:
         """Delete chains and sets that nobody uses, in transactions of their own.

@@ -224,15 +224,13 @@ def settled(
     wanted: Sequence[bytes], container: str, key: bytes, before: Mapping[Item, Content]
 ) -> list[bytes]:
     """Return the endpoints by slot: each stays where it was if its slot still exists."""
+    old = [before.get(Item(container, key + packed_slot(slot))) for slot in range(len(wanted))]
+    if old == wanted or not any(old):
+        return list(wanted)
     left = Multiset(wanted)
-    slots: list[bytes | None] = [None] * len(wanted)
-    for slot in range(len(wanted)):
-        old = before.get(Item(container, key + packed_slot(slot)))
-        if isinstance(old, bytes) and left[old] > 0:
-            slots[slot] = old
-            left[old] -= 1
+    kept = [data if isinstance(data, bytes) and take(left, data) else None for data in old]
     others = iter([data for data in wanted if take(left, data)])
-    return [data if data is not None else next(others) for data in slots]
+    return [data if data is not None else next(others) for data in kept]
 
 
 def take(left: Multiset[bytes], data: bytes) -> bool:
