@@ -328,10 +328,12 @@ class App:
     ) -> None:
         self._record(tasks, "FailedToStartServiceHealthcheck", error, warning=True, service=service)
 
-    def _drifted(self, tasks: asyncio.TaskGroup, family: Family, table: str, count: int) -> None:
-        """Tell that somebody else changed our rules, which have been put right again."""
-        self._telemetry.drifted(family, count)
-        message = f"{count} of the rules in table {table} (IPv{family}) were changed by others"
+    def _drifted(
+        self, tasks: asyncio.TaskGroup, family: Family, table: str, count: int, who: str
+    ) -> None:
+        """Tell that somebody else changed our rules, which are put right again."""
+        self._telemetry.drifted(family, count, who)
+        message = f"{count} rules in table {table} (IPv{family}) were changed by {who}"
         self._record(tasks, "RulesChanged", message, warning=True)
 
     def _server_failed(self, tasks: asyncio.TaskGroup, reason: str, error: str) -> None:

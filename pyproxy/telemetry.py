@@ -93,9 +93,10 @@ class Telemetry:
             self._pending_endpoints += concerned
         self._metrics.pending(self._pending_services, self._pending_endpoints)
 
-    def drifted(self, family: Family, count: int) -> None:
+    def drifted(self, family: Family, count: int, who: str) -> None:
         self._metrics.count("pyproxy_rules_repaired_total", f"IPv{family}", by=count)
-        log.warning("others changed our rules", extra={"family": f"IPv{family}", "repaired": count})
+        fields = {"family": f"IPv{family}", "repaired": count, "by": who}
+        log.warning("our rules were changed", extra=fields)
 
     def connection(self, proto: Proto, result: str) -> None:
         match result:

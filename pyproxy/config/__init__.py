@@ -99,12 +99,12 @@ class IPVS(Struct, frozen=True, rename=file_name):
 
 
 class NFTables(Struct, frozen=True, rename=file_name):
-    """Mode nftables."""
+    """Mode nftables. A sync costs what changed, so that by default none waits for another."""
 
     masquerade_bit: int = 14
     masquerade_all: bool = False
     sync_period_seconds: Seconds = 30.0
-    min_sync_period_seconds: Seconds = 1.0
+    min_sync_period_seconds: Seconds = 0.0
 
 
 class Winkernel(Struct, frozen=True, rename=file_name):
@@ -179,7 +179,6 @@ _ZERO_MEANS_DEFAULT: Final = (
     "iptables.min_sync_period_seconds",
     "ipvs.sync_period_seconds",
     "nftables.sync_period_seconds",
-    "nftables.min_sync_period_seconds",
     "detect_local_mode",
     "config_sync_period_seconds",
 )

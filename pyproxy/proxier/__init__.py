@@ -33,7 +33,8 @@ class Env:
     service_cidrs: Callable[[], tuple[str, ...]] = tuple  # of both families, as of now
     resync: Callable[[], None] = lambda: None  # ask for a sync that compares everything
     cleaned: Callable[[float, int], None] = lambda seconds, flows: None  # of conntrack
-    drifted: Callable[[str, int], None] = lambda table, count: None  # others changed so much
+    # Others changed so much of a table: the count, and who it may have been.
+    drifted: Callable[[str, int, str], None] = lambda table, count, who: None
 
 
 class Mode(Protocol):

@@ -96,12 +96,18 @@ class NfTarget:
         self._sure = False  # that ``_held`` is what we left
         self._sweep_all = False
         self._read_at: int | None = None  # the generation that was read
+        self.settled = asyncio.Event()  # when it was written for the first time
         self.read_seconds = 0.0  # how long the table took to read
 
     @property
     def generation(self) -> int | None:
-        """The newest generation of the rule set in which the table is known to be ours alone."""
-        return None if self._read_at is None else _own_run.since(self._read_at)
+        """The newest generation of the rule set that nobody else can have changed the table in.
+
+        None if it was never read, and while we write: whose the number is, is not known then.
+        """
+        if self._read_at is None or _own_run.lock.locked():
+            return None
+        return _own_run.since(self._read_at)
 
     async def adopt(self) -> Mapping[Item, Content]:
         """Read the table. What is not as it should be in its fixed part is mended by ``apply``."""
@@ -132,6 +138,7 @@ class NfTarget:
         self._fixed = []
         self._sweep()
         self._sure = True
+        self.settled.set()
         return {}
 
     async def clear(self) -> None:

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
+import os
 from functools import partial
 
 from pyproxy.config import Config, local_cidr, masquerade_all, networks_of, node_port_cidrs
 from pyproxy.model import Family, Network
 from pyproxy.proxier import Env
-from pyproxy.proxier._nfnetlink import NfError, NfTables
+from pyproxy.proxier._nfnetlink import Generations, NfError, NfTables
 from pyproxy.proxier._nfpack import delete_table, new_chain, new_rule, new_table
 from pyproxy.proxier._nftarget import NfTarget, delete_tables
 from pyproxy.proxier._tracked import Tracked, set_limits
@@ -47,9 +48,10 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 
 def build(env: Env) -> Proxier:
-    target = NfTarget(partial(ruleset_for, env), partial(env.drifted, nft_base.TABLE_NAME))
+    audit = Audit(env)
+    target = NfTarget(partial(ruleset_for, env), audit.found)
     env.host.on_change(env.resync)
-    env.tasks.create_task(audit(target, env), name=f"audit IPv{env.family}")
+    env.tasks.create_task(audit.run(target), name=f"audit IPv{env.family}")
     compiled = partial(compile_owner, ruleset_for(env))  # owners look at its lasting part only
     return Tracked(Reconciler("nftables", env.family, compiled, target, env.clock), env)
 
@@ -94,20 +96,32 @@ def node_port_ips(env: Env, ranges: tuple[Network, ...]) -> tuple[str, ...]:
     return tuple(ip for ip in found if not ip.startswith("127.") and ip != "::1")
 
 
-async def audit(target: NfTarget, env: Env) -> None:
-    """Have the table compared with what it should be, whenever somebody changed any rules.
+class Audit:
+    """Has the table compared with what it should be, whenever somebody else changed any rules.
 
-    The kernel numbers the states of all rules together: a number that is not the one we left
-    may mean a change of other tables, or of ours.
+    The kernel numbers the states of all rules together: a number that is not the one we left may
+    mean a change of other tables, or of ours.
     """
-    nf = NfTables()
-    try:
-        while True:
-            await asyncio.sleep(AUDIT_SECONDS)
-            known = target.generation
-            if known is None or nf.generation().id == known:
-                continue
-            env.resync()
-            await asyncio.sleep(AUDIT_SHARE * target.read_seconds)
-    finally:
-        nf.close()
+
+    def __init__(self, env: Env) -> None:
+        self._env = env
+        self._suspects: list[str] = []  # who changed any rules before the audit under way
+
+    def found(self, count: int) -> None:
+        """Tell that so much of the table was changed, and who may have done it."""
+        self._env.drifted(nft_base.TABLE_NAME, count, ", ".join(self._suspects) or "somebody")
+
+    async def run(self, target: NfTarget) -> None:
+        await target.settled.wait()  # while anybody listens, loading many elements is slow
+        nf, changes = NfTables(), Generations()
+        try:
+            while True:
+                await asyncio.sleep(AUDIT_SECONDS)
+                others = [g for g in changes.receive() if g.pid != os.getpid()]
+                if nf.generation().id != target.generation:
+                    self._suspects = sorted({f"{g.process} ({g.pid})" for g in others})
+                    self._env.resync()
+                    await asyncio.sleep(AUDIT_SHARE * target.read_seconds)
+        finally:
+            nf.close()
+            changes.close()

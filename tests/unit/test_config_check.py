@@ -86,7 +86,8 @@ CASES = [
         "iptables.minSyncPeriod: 31s is longer than iptables.syncPeriod, 30s",
     ),
     (
-        {"mode": "nftables", "nftables__sync_period_seconds": 0.5},
+        {"nftables__sync_period_seconds": 0.5, "nftables__min_sync_period_seconds": 1.0}
+        | {"mode": "nftables"},
         "nftables.minSyncPeriod: 1s is longer than nftables.syncPeriod, 500ms",
     ),
     (
