@@ -85,6 +85,7 @@ class Reconciler(Generic[K, V]):
         self._target = target
         self._clock = clock
         self._written: dict[ServicePortName, Mapping[K, V]] | None = None
+        self._doubted = False
         self._refused: dict[ServicePortName, dict[K, str]] = {}
         self._served = 0
 
@@ -92,16 +93,16 @@ class Reconciler(Generic[K, V]):
         """Make the target equal to the plan, of which ``changed`` is all that may differ."""
         started = self._clock.monotonic()
         written, self._written = self._written, None  # unknown until the write succeeds
-        full = written is None
+        full, self._doubted = written is None or self._doubted, False
         error = None
         delta: Delta[K, V] = Delta({}, {}, {})
         wanted: dict[ServicePortName, Mapping[K, V]] = {}
         try:
-            if written is None:
+            if written is None or full:
                 held = await self._target.adopt()
                 wanted = {owner: self._compile(port, held) for owner, port in plan.ports.items()}
                 delta = diff(held, {k: v for state in wanted.values() for k, v in state.items()})
-                written = {}
+                written, self._refused = {}, {}
                 self._served = 0
             else:
                 for owner in changed | self._refused.keys():
@@ -131,8 +132,11 @@ class Reconciler(Generic[K, V]):
         )
 
     def distrust(self) -> None:
-        """Let the next sync compare everything with what the target really holds."""
-        self._written = None
+        """Let the next sync compare everything with what the target really holds.
+
+        A sync that is under way may have looked already: it is not the next one.
+        """
+        self._doubted = True
 
     async def clear(self) -> None:
         self._written = None

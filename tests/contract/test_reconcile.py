@@ -117,6 +117,21 @@ async def test_distrust_repairs_what_somebody_else_did(node):
     assert node.target.holds == node.wanted()
 
 
+async def test_distrust_during_a_sync_is_for_the_next_one(node):
+    await node.change(*put(service("web")))
+    apply = node.target.apply
+
+    async def apply_and_doubt(delta):
+        node.reconciler.distrust()
+        return await apply(delta)
+
+    node.target.apply = apply_and_doubt
+    assert not (await node.change(*put(service("api", "10.96.0.2")))).full
+    node.target.apply = apply
+    assert (await node.change()).full
+    assert not (await node.change()).full
+
+
 async def test_a_frontend_that_changes_hands_is_changed_and_not_torn_down(node):
     shared = {"external_ips": ("198.18.0.1",)}
     await node.change(*put(service("web", "10.96.0.1", **shared)))
