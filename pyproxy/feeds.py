@@ -17,6 +17,7 @@ from pyproxy.manifests.source import ManifestError, ManifestSource
 from pyproxy.metrics import Metrics
 from pyproxy.model import Change, Kind, ObjectName
 
+AGAIN_SECONDS = 60.0  # until the same error is logged again
 KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node", "ServiceCIDR")
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class KubeFeed:
         self._api = api
         self._node = node
         self._random = Random()
+        self._told_at: dict[str, float] = {}
 
     async def follow(self, on_change: Callable[[Change], None]) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -69,6 +71,12 @@ class KubeFeed:
         await self._api.aclose()
 
     def _tell(self, error: str) -> None:
+        """Log an error. One that comes again and again, as in an outage, once in a while."""
+        now = asyncio.get_running_loop().time()
+        if now - self._told_at.get(error, -AGAIN_SECONDS) < AGAIN_SECONDS:
+            return
+        self._told_at = {e: at for e, at in self._told_at.items() if now - at < AGAIN_SECONDS}
+        self._told_at[error] = now
         log.warning("api", extra={"problem": error})
 
 
