@@ -5,6 +5,7 @@ owners may want (a shared chain, a cluster IP, a hairpin) are there while anybod
 """
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -314,13 +315,7 @@ class NfTarget:
     def _commit(self, messages: list[bytes]) -> None:
         if not messages:
             return
-        nf = self._socket()
-        with _own_run.lock:
-            before = nf.generation().id
-            nf.commit(messages)
-            after = nf.generation().id
-            if after == before + 1:  # else somebody else's came in between
-                _own_run.add(before, after)
+        commit(self._socket(), messages)
 
     def _sweep(self) -> None:
         """Delete chains and sets that nobody uses, in transactions of their own.
@@ -372,12 +367,26 @@ def element_of(key: bytes, content: Content) -> Element:
     return Element(key, data=content or None)
 
 
+def commit(nf: NfTables, messages: list[bytes]) -> None:
+    """Carry out a transaction, and remember that the new generation is ours."""
+    with _own_run.lock:
+        before = nf.generation().id
+        nf.commit(messages)
+        after = nf.generation().id
+        if after == before + 1:  # else somebody else's came in between
+            _own_run.add(before, after)
+
+
 def delete_tables(tables: Iterable[Table]) -> None:
     """Delete tables with all that is in them; it is no error if they are not there."""
     nf = NfTables()
     try:
         for table in tables:
-            nf.commit([pack.new_table(table), pack.delete_table(table)])
+            try:
+                commit(nf, [pack.delete_table(table)])
+            except NfError as error:
+                if error.errno != errno.ENOENT:
+                    raise
     finally:
         nf.close()
 

@@ -145,7 +145,7 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Conten
             element = Element(key, data=verdict, comment=comment)
             items[Item(place.refusals, key)] = element
         else:
-            entrance = entrance_for(ruleset, port.owner, route, place)
+            entrance = entrance_for(ruleset, port, route, place)
             for container, name, content in entrance.needs:
                 items[Item(container, name, port.owner)] = content
             goto = Verdict("goto", entrance.chain)
@@ -215,18 +215,18 @@ def numbered_endpoints(
     for pool, container in pools_of(route, place):
         if pool.affinity_seconds is None:
             addresses = [endpoint_data(address) for address in turn(pool)]
-            for slot, data in enumerate(settled(addresses, container, key, before)):
-                items[Item(container, key + packed_slot(slot))] = data
+            slots = [Item(container, key + packed_slot(slot)) for slot in range(len(addresses))]
+            items.update(zip(slots, settled(addresses, slots, before), strict=True))
     return items
 
 
 def settled(
-    wanted: Sequence[bytes], container: str, key: bytes, before: Mapping[Item, Content]
-) -> list[bytes]:
+    wanted: Sequence[bytes], slots: Sequence[Item], before: Mapping[Item, Content]
+) -> Sequence[bytes]:
     """Return the endpoints by slot: each stays where it was if its slot still exists."""
-    old = [before.get(Item(container, key + packed_slot(slot))) for slot in range(len(wanted))]
+    old = [before.get(slot) for slot in slots] if before else []
     if old == wanted or not any(old):
-        return list(wanted)
+        return wanted
     left = Multiset(wanted)
     kept = [data if isinstance(data, bytes) and take(left, data) else None for data in old]
     others = iter([data for data in wanted if take(left, data)])
@@ -241,6 +241,9 @@ def take(left: Multiset[bytes], data: bytes) -> bool:
 
 
 def turn(pool: Pool) -> tuple[Address, ...]:
+    """Return the addresses of a pool's slots. Without weights they are the backends: most are."""
+    if all(backend.weight == 1 for backend in pool.backends):
+        return tuple([backend.address for backend in pool.backends])
     return turn_of(pool, longest=LONGEST_TURN)
 
 
@@ -270,30 +273,30 @@ def local_backends(port: PortPlan) -> set[Address]:
 # --- chains ---------------------------------------------------------------------------------------
 
 
-def entrance_for(ruleset: Ruleset, owner: ServicePortName, route: Route, place: Place) -> Entrance:
+def entrance_for(ruleset: Ruleset, port: PortPlan, route: Route, place: Place) -> Entrance:
     """Return the chain for a frontend that forwards at least one origin.
 
     The masquerading of cluster IPs is a rule of the fixed part: it depends on the origin alone.
     """
     pool, outside = pool_of(route.from_node), pool_of(route.from_outside)
     assert pool is not None, "what the node cannot reach, nobody can"
-    whole = pool_entrance(owner, pool, place, place.endpoints)
+    whole = pool_entrance(port, pool, place, place.endpoints)
     if route.kind == "ClusterIP":
         return whole
     if outside == pool and masquerades(route.from_outside):
-        return marked(ruleset, owner, whole)
-    local = pool_entrance(owner, outside, place, place.local_endpoints) if outside else None
-    return local_only(ruleset, owner, whole, local, place)
+        return marked(ruleset, port.owner, whole)
+    container = place.endpoints if outside == pool else place.local_endpoints
+    local = pool_entrance(port, outside, place, container) if outside else None
+    return local_only(ruleset, port.owner, whole, local, place)
 
 
 def masquerades(action: Action) -> bool:
     return isinstance(action, Forward) and action.masquerade
 
 
-def pool_entrance(owner: ServicePortName, pool: Pool, place: Place, container: str) -> Entrance:
+def pool_entrance(port: PortPlan, pool: Pool, place: Place, container: str) -> Entrance:
     if pool.affinity_seconds is not None:
-        local = container in (SERVICE.local_endpoints, NODE_PORT.local_endpoints)
-        return affine(owner, pool, pool.affinity_seconds, "local" if local else "service")
+        return affine(port.owner, pool, pool.affinity_seconds, pool_word(port, pool))
     return shared_pick(place, container, pool.scheduler, len(turn(pool)))
 
 
@@ -354,6 +357,16 @@ def pod_match(ruleset: Ruleset, *, inside: bool = True) -> Statement | None:
 
 
 # --- affinity -------------------------------------------------------------------------------------
+
+
+def pool_word(port: PortPlan, pool: Pool) -> str:
+    """Tell the two pools of an owner apart: where they differ, one is that of a policy Local.
+
+    That policy may be the internal one: then it is the cluster IP that has the local pool.
+    """
+    external = (route for route in port.routes if route.kind != "ClusterIP")
+    whole = next((pool_of(route.from_node) for route in external), pool)
+    return "service" if pool == whole else "local"
 
 
 def affine(owner: ServicePortName, pool: Pool, seconds: int, kind: str) -> Entrance:
