@@ -13,7 +13,7 @@ KIT ?= ../shared/conformance
 TOOLS := ip:iproute2 unshare:util-linux nft:nftables
 KIT_TOOLS := nft:nftables iptables:iptables conntrack:conntrack
 
-.PHONY: help setup demo test check format netns conformance bench clean
+.PHONY: help setup demo test check format scenarios netns conformance bench clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
 
@@ -41,6 +41,9 @@ conformance: setup  ## the black-box kit, for one mode: make conformance MODE=us
 
 bench: $(VENV)/ready  ## figures, as ratios to something measured in the same run
 	for file in bench/[a-z]*.py; do $(BIN)/python $$file; done
+
+scenarios: $(VENV)/ready  ## rewrite what the scenario files say the rules are: read it as a change
+	$(BIN)/pytest -q tests/scenarios --rewrite
 
 format: $(VENV)/ready  ## put the code into its form
 	$(BIN)/ruff format .

@@ -158,8 +158,8 @@ def scaled(weights: list[int], longest: int) -> list[int]:
     limit = max(longest, len(weights))
     if sum(reduced) <= limit:
         return reduced
-    factor = limit / sum(reduced)
-    return [max(1, int(weight * factor)) for weight in reduced]
+    factor = (limit - len(reduced)) / sum(reduced)
+    return [1 + int(weight * factor) for weight in reduced]
 
 
 def smooth(weights: list[int]) -> list[int]:

@@ -1,0 +1,375 @@
+"""What a mode would make of the objects in manifest files, as text: for people, nothing is written.
+
+Offline, the node has the addresses that its manifest gives it, and no others.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from pyproxy.cache import Cache
+from pyproxy.config import (
+    Config,
+    detect_node_ips,
+    local_cidr,
+    masquerade_all,
+    networks_of,
+    node_port_cidrs,
+    with_mode,
+)
+from pyproxy.ip import parse_network
+from pyproxy.manifests.objects import Documents, Fault
+from pyproxy.manifests.resolve import Memory, Resolved, resolve
+from pyproxy.manifests.resolve import Settings as ManifestSettings
+from pyproxy.manifests.source import SUFFIXES
+from pyproxy.manifests.text import ManifestTextError, documents_of
+from pyproxy.model import (
+    FAMILIES,
+    Action,
+    ApiObject,
+    Family,
+    Forward,
+    Kind,
+    Network,
+    Node,
+    PortPlan,
+    Route,
+    ServiceCIDR,
+    Upsert,
+    family_of,
+)
+from pyproxy.plan import Plan, Planner, Site
+from pyproxy.rules import nft_base, nft_text
+from pyproxy.rules.listeners import stance
+from pyproxy.rules.nft import Chain, Element, Rule, Set, packed_ip
+from pyproxy.rules.nftables import Content, Item, Ruleset, compile_owner
+from pyproxy.topology import Place
+
+STDIN = "-"
+DEFAULT_MODE = "nftables"
+Objects = Mapping[Kind, Sequence[ApiObject]]
+
+
+class RenderError(Exception):
+    """There is nothing to print; each argument is one line that says why."""
+
+
+class Request(Struct, frozen=True):
+    """What is to be rendered, besides the settings that every command has."""
+
+    files: tuple[str, ...]
+    families: tuple[Family, ...] = FAMILIES
+
+
+class Settings(Struct, frozen=True):
+    """What rules depend on besides the objects."""
+
+    node_name: str
+    config: Config = Config()
+    families: tuple[Family, ...] = FAMILIES
+
+
+class Scene(NamedTuple):
+    """The plan of one family, and the node that it is for."""
+
+    family: Family
+    plan: Plan
+    config: Config
+    node: Node
+    service_cidrs: tuple[str, ...]
+
+
+class ListenerRow(NamedTuple):
+    """A line of the table of mode userspace."""
+
+    service: str
+    address: str
+    whom: str
+    what: str
+    backends: str
+
+
+class Rendered(NamedTuple):
+    """What to print, and what to tell about it."""
+
+    text: str
+    remarks: tuple[str, ...] = ()
+
+
+# --- for the command line -------------------------------------------------------------------------
+
+
+def request(words: Sequence[str]) -> tuple[Request, list[str]]:
+    """Read what is the command's own; return it with the flags that all commands share."""
+    parser = argparse.ArgumentParser(
+        prog="pyproxy render",
+        description="Print the rules that this node would have for the Services in some manifests."
+        " Needs no cluster and no root.",
+        epilog="All flags of pyproxy run count as well, such as --config, --cluster-cidr,"
+        " --service-cidr, --nodeport-addresses and --masquerade-all.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-f", "--filename", action="append", default=[], metavar="PATH",
+        help="a file or a directory of manifests, or - for standard input; again for more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mode", metavar="MODE", help=f"{', '.join(RENDERERS)} (default: {DEFAULT_MODE})"
+    )
+    parser.add_argument("--node-name", metavar="NAME", help="like --hostname-override")
+    parser.add_argument(
+        "--family", type=int, choices=FAMILIES, help="one family only (default: both)"
+    )
+    own, shared = parser.parse_known_args(words)
+    if own.mode is not None:
+        shared.append(f"--proxy-mode={own.mode}")
+    if own.node_name is not None:
+        shared.append(f"--hostname-override={own.node_name}")
+    families = FAMILIES if own.family is None else (own.family,)
+    return Request(tuple(own.filename), families), shared
+
+
+def rendered(
+    wanted: Request, config: Config, node_name: str, service_cidrs: Iterable[str]
+) -> Rendered:
+    """Read the files and return their rules. Raises ``RenderError``."""
+    mode = DEFAULT_MODE if config.mode == "auto" else config.mode
+    if mode not in RENDERERS:
+        raise RenderError(f"mode: {mode} cannot be rendered; there is: {', '.join(RENDERERS)}")
+    if not wanted.files:
+        raise RenderError("-f is missing: give a file or a directory of manifests, or - for stdin")
+    cidrs = tuple(cidr for text in service_cidrs if (cidr := parse_network(text)) is not None)
+    found = read(wanted.files, ManifestSettings(node_name, cidrs))
+    of_families = scenes(mode, found.objects(), Settings(node_name, config, wanted.families))
+    warnings = [f"{s.name}: {warning}" for s in found.services for warning in s.warnings]
+    conflicts = {
+        conflict: None
+        for scene in of_families
+        for conflicts in scene.plan.conflicts.values()
+        for conflict in conflicts
+    }
+    return Rendered(RENDERERS[mode](of_families), (*found.notes, *warnings, *conflicts))
+
+
+def read(paths: Iterable[str], settings: ManifestSettings) -> Resolved:
+    """Return what the files mean. Raises ``RenderError`` with everything that is wrong in them."""
+    contents: dict[str, Documents] = {}
+    faults: list[Fault] = []
+    for path in paths:
+        for name, file in files_in(path):
+            try:
+                contents[name] = documents(file)
+            except (OSError, UnicodeDecodeError, ManifestTextError) as error:
+                faults.append(Fault(name, why(error)))
+    found = resolve(contents, Memory(), settings)
+    faults += found.faults
+    if faults:
+        raise RenderError(*map(str, faults))
+    return found
+
+
+def why(error: Exception) -> str:
+    match error:
+        case OSError(strerror=str(text)):
+            return text
+        case UnicodeDecodeError(start=start):
+            return f"byte {start} is not UTF-8"
+        case _:
+            return str(error)
+
+
+def files_in(path: str) -> list[tuple[str, Path | None]]:
+    """Return the files a path means, with the names to tell them by; None is standard input."""
+    if path == STDIN:
+        return [("stdin", None)]
+    root = Path(path)
+    if not root.is_dir():
+        return [(path, root)]
+    found = (
+        file
+        for file in sorted(root.rglob("*"))
+        if file.suffix in SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    )
+    return [(str(file), file) for file in found]
+
+
+def documents(file: Path | None) -> Documents:
+    if file is None:
+        return documents_of(sys.stdin.read(), is_json=False)
+    return documents_of(file.read_text(encoding="utf-8-sig"), is_json=file.suffix == ".json")
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+def rules_text(mode: str, objects: Objects, settings: Settings) -> str:
+    """Return what a mode makes of the objects, for each family; the same for the same objects."""
+    return RENDERERS[mode](scenes(mode, objects, settings))
+
+
+def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]:
+    """Plan the objects for each family."""
+    config = with_mode(settings.config, mode)
+    nodes = [obj for obj in objects.get("Node", ()) if isinstance(obj, Node)]
+    node = next((n for n in nodes if n.name == settings.node_name), Node(settings.node_name))
+    cidrs = {
+        cidr
+        for obj in objects.get("ServiceCIDR", ())
+        if isinstance(obj, ServiceCIDR)
+        for cidr in obj.cidrs
+    }
+    return tuple(
+        Scene(family, planned(family, objects, config, node), config, node, tuple(sorted(cidrs)))
+        for family in settings.families
+    )
+
+
+def planned(family: Family, objects: Objects, config: Config, node: Node) -> Plan:
+    cache, planner = Cache(family), Planner()
+    kinds: tuple[Kind, ...] = ("Service", "EndpointSlice")
+    for kind in kinds:
+        for obj in objects.get(kind, ()):
+            cache.apply(Upsert(kind, obj))
+    ips = detect_node_ips(config, node.ips)
+    site = Site(
+        place=Place(node.name, node.zone),
+        node_ip=ips.ip4 if family == 4 else ips.ip6,
+        detects_pods=local_cidr(config, family, node) is not None,
+        masquerade_all=masquerade_all(config, config.mode),
+    )
+    planner.update(cache.owners(), cache, site)
+    return planner.plan
+
+
+def by_owner(plan: Plan) -> list[PortPlan]:
+    return [plan.ports[owner] for owner in sorted(plan.ports)]
+
+
+# --- nftables -------------------------------------------------------------------------------------
+
+
+def nftables_text(found: Iterable[Scene]) -> str:
+    """Return files for ``nft -f``, one after another: each replaces the table of its family."""
+    return "\n".join(map(nft_table_text, found))
+
+
+def nft_table_text(scene: Scene) -> str:
+    ruleset = nft_ruleset(scene)
+    items: dict[Item, Content] = {}
+    for port in by_owner(scene.plan):
+        items |= compile_owner(ruleset, port, {})
+    chains: dict[str, tuple[Rule, ...]] = {}
+    affinity_sets: dict[str, Set] = {}
+    elements: dict[str, dict[bytes, Element]] = {
+        "node-port-ips": {
+            (key := packed_ip(ip)): Element(key) for ip in ruleset.node_port_ips or ()
+        }
+    }
+    for item, content in items.items():
+        if isinstance(content, tuple):
+            chains[str(item.key)] = content
+        elif isinstance(content, Set):
+            affinity_sets[content.name] = content
+        else:
+            element = element_of(item, content)
+            elements.setdefault(item.container, {})[element.key + (element.key_end or b"")] = (
+                element
+            )
+    names = sorted(chains)
+    return nft_text.text(
+        nft_base.table(scene.family),
+        [*nft_base.CHAINS, *map(Chain, names)],
+        [*nft_base.sets(scene.family), *(affinity_sets[name] for name in sorted(affinity_sets))],
+        [*nft_base.rules(ruleset), *(rule for name in names for rule in chains[name])],
+        {name: tuple(found.values()) for name, found in elements.items()},
+    )
+
+
+def element_of(item: Item, content: bytes | Element) -> Element:
+    if isinstance(content, Element):
+        return content
+    assert isinstance(item.key, bytes), "only chains and sets go by names"
+    return Element(item.key, data=content or None)
+
+
+def nft_ruleset(scene: Scene) -> Ruleset:
+    config, family = scene.config, scene.family
+    ranges = node_port_cidrs(config, family, scene.node.ips)
+    return Ruleset(
+        family=family,
+        mark=1 << config.nftables.masquerade_bit,
+        pods=local_cidr(config, family, scene.node),
+        masquerade_all=masquerade_all(config, "nftables"),
+        node_port_ips=None if ranges is None else serving(scene.node, family, ranges),
+        service_cidrs=networks_of(scene.service_cidrs, family),
+    )
+
+
+def serving(node: Node, family: Family, ranges: Sequence[Network]) -> tuple[str, ...]:
+    """Return the addresses that serve node ports: the node's, and any that is named by itself."""
+    known = {ip for ip in node.ips if family_of(ip) == family}
+    inside = {ip for ip in known if any(ip_address(ip) in network for network in ranges)}
+    single = {str(n.network_address) for n in ranges if n.num_addresses == 1}
+    return tuple(sorted(ip for ip in inside | single if not ip_address(ip).is_loopback))
+
+
+# --- userspace ------------------------------------------------------------------------------------
+
+
+def listeners_table(found: Iterable[Scene]) -> str:
+    """Return who is served what at each address, and by whom."""
+    rows = [ListenerRow("SERVICE", "ADDRESS", "FOR", "WHAT", "BACKENDS")]
+    for scene in found:
+        for port in by_owner(scene.plan):
+            for route in port.routes:
+                rows += listener_rows(str(port.owner), route)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join(f"{line(row, widths)}\n" for row in rows)
+
+
+def listener_rows(owner: str, route: Route) -> Iterator[ListenerRow]:
+    """Yield a row for each group of origins that are treated alike."""
+    where = str(route.frontend)
+    if stance(route) == "refuse":
+        yield ListenerRow(owner, where, "everybody", "refuse", "")
+        return
+    groups: dict[str, list[str]] = {}
+    actions = {"pods": route.from_pod, "the node": route.from_node, "others": route.from_outside}
+    for origin, action in actions.items():
+        groups.setdefault(backends_text(action), []).append(origin)
+    within = ""
+    if route.allowed_sources is not None:
+        within = f" in {', '.join(map(str, route.allowed_sources))}"
+    for backends, origins in groups.items():
+        whom = "everybody" if len(groups) == 1 else ", ".join(origins)
+        yield ListenerRow(
+            owner, where, f"{whom}{within}", "serve" if backends else "silent", backends
+        )
+    if within:
+        yield ListenerRow(owner, where, "everybody else", "silent", "")
+
+
+def backends_text(action: Action) -> str:
+    if not isinstance(action, Forward):
+        return ""
+    return ", ".join(
+        f"{backend.address}" if backend.weight == 1 else f"{backend.address} x{backend.weight}"
+        for backend in action.pool.backends
+    )
+
+
+def line(row: ListenerRow, widths: Sequence[int]) -> str:
+    return "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+RENDERERS: Mapping[str, Callable[[Sequence[Scene]], str]] = {
+    "nftables": nftables_text,
+    "userspace": listeners_table,
+}
