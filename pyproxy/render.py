@@ -47,7 +47,8 @@ from pyproxy.plan import Plan, Planner, Site
 from pyproxy.rules import nft_base, nft_text
 from pyproxy.rules.listeners import stance
 from pyproxy.rules.nft import Chain, Element, Rule, Set, packed_ip
-from pyproxy.rules.nftables import Content, Item, Ruleset, compile_owner
+from pyproxy.rules.nft_affinity import Content
+from pyproxy.rules.nftables import Item, Ruleset, compile_owner
 from pyproxy.topology import Place
 
 STDIN = "-"

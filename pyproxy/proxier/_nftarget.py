@@ -18,7 +18,8 @@ from pyproxy.proxier._nfpack import RuleForm, rule_form, set_form
 from pyproxy.reconcile import ApplyError
 from pyproxy.rules import nft_base
 from pyproxy.rules.nft import Chain, Element, Rule, Set, Table, packed_ip
-from pyproxy.rules.nftables import AFFINITY_SET, CHAIN, PRESENT, Content, Item, Ruleset
+from pyproxy.rules.nft_affinity import AFFINITY_SET, CHAIN, Content
+from pyproxy.rules.nftables import PRESENT, Item, Ruleset
 
 IN_A_THREAD = 2000  # items: fewer are written before a thread would have started
 NODE_PORT_IPS = "node-port-ips"

@@ -6,17 +6,14 @@ chain picks. So a change is a few elements, whatever the size of the cluster. Se
 session affinity alone have chains and sets of their own, one for each endpoint.
 """
 
-from base64 import b32encode
 from collections import Counter as Multiset
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from hashlib import sha256
 from ipaddress import collapse_addresses
 from typing import NamedTuple
 
 from msgspec import Struct
 
-from pyproxy.balancer import turn_of
 from pyproxy.model import (
     Action,
     Address,
@@ -35,42 +32,23 @@ from pyproxy.model import (
 )
 from pyproxy.rules.nft import (
     PROTO_NUMBERS,
-    Dnat,
     DnatPick,
     Element,
     Field,
     MatchInput,
     MatchLocal,
     MatchNetwork,
-    MatchProto,
-    MatchSet,
     Pick,
-    PickKind,
-    PickVerdict,
     Rule,
-    Set,
     SetMark,
     Statement,
-    TypeName,
-    UpdateSet,
     Verdict,
     packed_ip,
     packed_slot,
 )
+from pyproxy.rules.nft_affinity import CHAIN, PICKS, Content, Entrance, affine, identity, turn
 
-CHAIN = "chain"  # containers of items that are no elements
-AFFINITY_SET = "affinity-set"
-LONGEST_NAME = 230  # of an owner, to which words are added; NFT_NAME_MAXLEN is 256
-LONGEST_TURN = 256  # slots of a pool, if it has no more backends
 REFUSE = Verdict("goto", "refuse")
-PICKS: Mapping[Scheduler | None, tuple[str, PickKind]] = {
-    None: ("", "random"),
-    "random": ("", "random"),
-    "lc": ("", "random"),  # no rule can count connections
-    "rr": ("-rr", "turn"),
-    "wrr": ("-rr", "turn"),
-    "sh": ("-sh", "source"),
-}
 
 
 class Item(NamedTuple):
@@ -81,8 +59,6 @@ class Item(NamedTuple):
     owner: ServicePortName | None = None
 
 
-# Data of a map; an element with a verdict, a comment or an interval; the rules of a chain; a set.
-Content = bytes | Element | tuple[Rule, ...] | Set
 Items = dict[Item, Content]
 PRESENT = b""  # the content of an element that has none
 
@@ -120,13 +96,6 @@ class Ruleset(Struct, frozen=True):
     masquerade_all: bool = False
     node_port_ips: tuple[str, ...] | None = None  # None: every address of the node
     service_cidrs: tuple[Network, ...] = ()
-
-
-class Entrance(NamedTuple):
-    """A chain to send connections to, and the chains and sets that must exist for it."""
-
-    chain: str
-    needs: tuple[tuple[str, str, Content], ...]  # container, name, content
 
 
 def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Content]) -> Items:
@@ -240,13 +209,6 @@ def take(left: Multiset[bytes], data: bytes) -> bool:
     return True
 
 
-def turn(pool: Pool) -> tuple[Address, ...]:
-    """Return the addresses of a pool's slots. Without weights they are the backends: most are."""
-    if all(backend.weight == 1 for backend in pool.backends):
-        return tuple([backend.address for backend in pool.backends])
-    return turn_of(pool, longest=LONGEST_TURN)
-
-
 def pools_of(route: Route, place: Place) -> Iterator[tuple[Pool, str]]:
     """Yield the pools of a route, with the map that has their endpoints."""
     shared, outside = pool_of(route.from_node), pool_of(route.from_outside)
@@ -356,9 +318,6 @@ def pod_match(ruleset: Ruleset, *, inside: bool = True) -> Statement | None:
     return MatchNetwork("saddr", ruleset.pods, inside=inside)
 
 
-# --- affinity -------------------------------------------------------------------------------------
-
-
 def pool_word(port: PortPlan, pool: Pool) -> str:
     """Tell the two pools of an owner apart: where they differ, one is that of a policy Local.
 
@@ -369,68 +328,6 @@ def pool_word(port: PortPlan, pool: Pool) -> str:
     return "service" if pool == whole else "local"
 
 
-def affine(owner: ServicePortName, pool: Pool, seconds: int, kind: str) -> Entrance:
-    """Return the chain of a pool that remembers its clients.
-
-    Each endpoint has a set of clients, filled by packets and emptied by time, which no sync
-    touches; kube-proxy's rules have the same form.
-    """
-    chain = f"{kind}-{identity(owner)}"
-    names = {b.address: endpoint_identity(owner, b.address) for b in pool.backends}
-    known = [
-        Rule(
-            chain, (MatchSet(("saddr",), clients_of(n, seconds)), Verdict("goto", f"endpoint-{n}"))
-        )
-        for n in names.values()
-    ]
-    backends = turn(pool)
-    verdicts = tuple(Verdict("goto", f"endpoint-{names[address]}") for address in backends)
-    pick = Pick(PICKS[pool.scheduler][1], len(backends))
-    needs: list[tuple[str, str, Content]] = []
-    for address, name in names.items():
-        clients = clients_of(name, seconds)
-        needs.append((AFFINITY_SET, clients, affinity_set(clients, address, seconds)))
-        needs.append((CHAIN, f"endpoint-{name}", endpoint_rules(owner, name, clients, address)))
-    rules = (*known, Rule(chain, (PickVerdict(pick, verdicts),)))
-    return Entrance(chain, (*needs, (CHAIN, chain, rules)))
-
-
-def affinity_set(name: str, address: Address, seconds: int) -> Set:
-    key: TypeName = "ipv6_addr" if ":" in address.ip else "ipv4_addr"
-    return Set(name, (key,), flags=("dynamic", "timeout"), timeout_seconds=seconds)
-
-
-def clients_of(name: str, seconds: int) -> str:
-    """Return the name of an endpoint's set of clients: another time-out makes it another set."""
-    return f"affinity-{name}/{seconds}s"
-
-
-def endpoint_rules(
-    owner: ServicePortName, name: str, clients: str, address: Address
-) -> tuple[Rule, ...]:
-    chain = f"endpoint-{name}"
-    return (
-        Rule(chain, (UpdateSet(clients, "saddr"),)),
-        Rule(chain, (MatchProto(owner.proto), Dnat(address))),
-    )
-
-
 def is_own(entrance: Entrance) -> bool:
     """Say whether a chain is its owner's alone."""
     return "/" in entrance.chain
-
-
-def identity(owner: ServicePortName) -> str:
-    """Return a name of an owner for chains: what people read, after what makes it unique."""
-    return named(f"{owner.namespace}/{owner.service}/{owner.proto.lower()}/{owner.port}")
-
-
-def endpoint_identity(owner: ServicePortName, address: Address) -> str:
-    base = f"{owner.namespace}/{owner.service}/{owner.proto.lower()}/{owner.port}"
-    return named(f"{base}__{address.ip.replace(':', '.')}/{address.port}")
-
-
-@lru_cache(maxsize=4096)
-def named(base: str) -> str:
-    digest = b32encode(sha256(base.encode()).digest())[:8].decode()
-    return f"{digest}-{base}"[:LONGEST_NAME]

@@ -13,20 +13,16 @@ from pyproxy.delta import diff
 from pyproxy.model import Address, Backend, Pool, ServicePortName
 from pyproxy.plan import plan_port
 from pyproxy.rules.nft import Verdict, packed_slot, unpacked_key
-from pyproxy.rules.nftables import (
+from pyproxy.rules.nft_affinity import (
     AFFINITY_SET,
     CHAIN,
     LONGEST_TURN,
-    Item,
-    Ruleset,
     clients_of,
-    compile_owner,
     endpoint_identity,
-    frontend_key,
-    guarded,
     identity,
     turn,
 )
+from pyproxy.rules.nftables import Item, Ruleset, compile_owner, frontend_key, guarded
 from tests.builders import SITE, VIP, address, endpoint, owner, remote, service_port
 
 RULESET = Ruleset(4, pods=ip_network("10.244.0.0/16"))
