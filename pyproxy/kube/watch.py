@@ -235,6 +235,9 @@ class WatchMachine:
 
     def _closed(self, seconds: float) -> None:
         if self._version is not None:
+            # The server took the watch. What went wrong before is over, though one that only ever
+            # takes and closes is not to be asked at once.
+            self._silent_ends = min(self._silent_ends, 1)
             self._answer.has_progress |= seconds >= LONG_ENOUGH_SECONDS
         elif not self._answer.is_useless:
             self._cut_list()

@@ -291,6 +291,12 @@ def test_each_silent_end_doubles_the_wait_up_to_a_limit():
     ]  # fmt: skip
 
 
+def test_a_watch_that_is_taken_and_closed_ends_the_trouble_of_before():
+    made = synced()
+    waits(made, *[Unreachable("no route")] * 8)
+    assert waits(made, Closed(), Closed(), Closed()) == [0.8, 0.8, 0.8]
+
+
 def test_chance_takes_up_to_half_of_a_wait():
     assert waits(machine(random=0.0), Unreachable("no route")) == [0.2]
 
