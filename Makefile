@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 MODE ?= userspace
 KIT ?= ../shared/conformance
 # Tools of the tests and of the demo, and the Debian packages that have them.
-TOOLS := ip:iproute2 unshare:util-linux nft:nftables
-KIT_TOOLS := nft:nftables iptables:iptables conntrack:conntrack
+TOOLS := ip:iproute2 unshare:util-linux nft:nftables iptables:iptables conntrack:conntrack ipset:ipset
+KIT_TOOLS := nft:nftables iptables:iptables conntrack:conntrack ipset:ipset
 
 .PHONY: help setup demo test check format scenarios netns conformance bench clean
 help:  ## list the targets

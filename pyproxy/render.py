@@ -44,7 +44,7 @@ from pyproxy.model import (
     family_of,
 )
 from pyproxy.plan import Plan, Planner, Site
-from pyproxy.rules import nft_base, nft_text
+from pyproxy.rules import iptables, iptables_file, nft_base, nft_text
 from pyproxy.rules.listeners import stance
 from pyproxy.rules.nft import Chain, Element, Rule, Set, packed_ip
 from pyproxy.rules.nft_affinity import Content
@@ -253,9 +253,6 @@ def by_owner(plan: Plan) -> list[PortPlan]:
     return [plan.ports[owner] for owner in sorted(plan.ports)]
 
 
-# --- nftables -------------------------------------------------------------------------------------
-
-
 def nftables_text(found: Iterable[Scene]) -> str:
     """Return files for ``nft -f``, one after another: each replaces the table of its family."""
     return "\n".join(map(nft_table_text, found))
@@ -321,7 +318,30 @@ def serving(node: Node, family: Family, ranges: Sequence[Network]) -> tuple[str,
     return tuple(sorted(ip for ip in inside | single if not ip_address(ip).is_loopback))
 
 
-# --- userspace ------------------------------------------------------------------------------------
+def iptables_text(found: Iterable[Scene]) -> str:
+    """Return files for ``iptables-restore --noflush`` and its IPv6 twin, one after another."""
+    files: list[str] = []
+    for scene in found:
+        ruleset = iptables_ruleset(scene)
+        items: dict[iptables.Item, iptables.Content] = {}
+        for port in by_owner(scene.plan):
+            items |= iptables.compile_owner(ruleset, port, {})
+        files.append(iptables_file.files(ruleset, items))
+    return "\n".join(files)
+
+
+def iptables_ruleset(scene: Scene) -> iptables.Ruleset:
+    config, family = scene.config, scene.family
+    ranges = node_port_cidrs(config, family, scene.node.ips)
+    localhost = family == 4 and ranges is None and config.iptables.localhost_node_ports
+    return iptables.Ruleset(
+        family=family,
+        mark=1 << config.iptables.masquerade_bit,
+        pods=local_cidr(config, family, scene.node),
+        masquerade_all=masquerade_all(config, "iptables"),
+        node_port_ips=None if ranges is None else serving(scene.node, family, ranges),
+        localhost_node_ports=localhost,
+    )
 
 
 def listeners_table(found: Iterable[Scene]) -> str:
@@ -372,5 +392,6 @@ def line(row: ListenerRow, widths: Sequence[int]) -> str:
 
 RENDERERS: Mapping[str, Callable[[Sequence[Scene]], str]] = {
     "nftables": nftables_text,
+    "iptables": iptables_text,
     "userspace": listeners_table,
 }

@@ -1,0 +1,206 @@
+"""Mode iptables from plan to kernel, beside a rule set in the shape of kube-proxy's.
+
+python -m bench.iptables [--quick] [--sizes nft:1000x10,legacy:10000x10] [--json FILE]
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from ipaddress import ip_network
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench._cluster import NODE_IP, PORT, TARGET_PORT, Cluster, service_name
+from bench._kernel import first_packet_us
+from bench._lab import isolate, make_network
+from pyproxy.model import Address, Endpoint, ServicePort, ServicePortName
+from pyproxy.plan import Plan, PortPlan, Site, plan_port
+from pyproxy.process import SystemClock
+from pyproxy.proxier._iptables import FLAVOURS, Flavour, Iptables, programs_of
+from pyproxy.proxier._iptarget import IpTarget, remove
+from pyproxy.reconcile import Reconciler
+from pyproxy.rules.iptables import Ruleset, compile_owner, hashed
+from pyproxy.topology import Place
+
+SITE = Site(Place("node-a"), NODE_IP)
+RULESET = Ruleset(4, pods=ip_network("10.128.0.0/9"))
+CHANGES = 7
+HOOK = "-A OUTPUT -j KUBE-SERVICES"
+
+
+class Case(NamedTuple):
+    flavour: Flavour
+    services: int
+    endpoints: int
+
+    def __str__(self) -> str:
+        return f"{self.flavour} {self.services}x{self.endpoints}"
+
+
+class Figures(NamedTuple):
+    """Seconds for the first sync and for the change of one endpoint; and of a packet."""
+
+    full_seconds: float
+    change_seconds: float
+    first_packet_us: float
+
+
+def main() -> None:
+    options = arguments()
+    isolate("bench.iptables")
+    make_network()
+    results = asyncio.run(measured(options.sizes))
+    print(json.dumps(results, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+async def measured(cases: list[Case]) -> dict[str, dict[str, object]]:
+    results: dict[str, dict[str, object]] = {}
+    for case in cases:
+        tables = Iptables(programs_of(4)[case.flavour])
+        cluster = Cluster(case.services, case.endpoints)
+        ips = [cluster.cluster_ip(number) for number in range(case.services)]
+        ours = await with_pyproxy(tables, cluster, ips)
+        await remove([tables], 4)
+        theirs = await in_shape_of_kube_proxy(tables, cluster, ips)
+        await remove([tables], 4)
+        results[str(case)] = {
+            "pyproxy": rounded(ours),
+            "kube-proxy's shape": rounded(theirs),
+            "kube-proxy's shape / pyproxy": rounded(
+                Figures(*(b / a for a, b in zip(ours, theirs, strict=True)))
+            ),
+        }
+    return results
+
+
+def rounded(figures: Figures) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in figures._asdict().items()}
+
+
+# --- pyproxy --------------------------------------------------------------------------------------
+
+
+async def with_pyproxy(tables: Iptables, cluster: Cluster, ips: list[str]) -> Figures:
+    target = IpTarget(tables, lambda: RULESET)
+    carrier = Reconciler("iptables", 4, partial(compile_owner, RULESET), target, SystemClock())
+    plan = Plan()
+    for number in range(cluster.services):
+        port = port_plan(cluster, number)
+        plan.put(port.owner, port)
+    started_at = perf_counter()
+    report = await carrier.sync(plan, set(plan.ports))
+    full = perf_counter() - started_at
+    assert report.error is None, report.error
+    changes = []
+    for _ in range(CHANGES):
+        number = cluster.next_to_change()
+        cluster.change()
+        port = port_plan(cluster, number)
+        plan.put(port.owner, port)
+        started_at = perf_counter()
+        await carrier.sync(plan, {port.owner})
+        changes.append(perf_counter() - started_at)
+    return Figures(full, median(changes), first_packet_us(ips))
+
+
+def port_plan(cluster: Cluster, number: int) -> PortPlan:
+    owner = ServicePortName("default", service_name(number), "http", "TCP")
+    port = ServicePort(name=owner, cluster_ip=cluster.cluster_ip(number), port=PORT)
+    addresses = sorted(str(Address(ip, TARGET_PORT)) for ip in cluster.endpoints(number))
+    endpoints = [Endpoint(Address(text.split(":")[0], TARGET_PORT)) for text in addresses]
+    return plan_port(port, endpoints, SITE)
+
+
+# --- a rule set in the shape of kube-proxy's ------------------------------------------------------
+
+
+async def in_shape_of_kube_proxy(tables: Iptables, cluster: Cluster, ips: list[str]) -> Figures:
+    """Load the rules, and change an endpoint: its chains and all of the top level are rewritten."""
+    everything = list(range(cluster.services))
+    lines = table(cluster, everything, hook=True)
+    started_at = perf_counter()
+    await tables.restore(lines)
+    full = perf_counter() - started_at
+    changes = []
+    for _ in range(CHANGES if full < 20 else 1):
+        number = cluster.next_to_change()
+        cluster.change()
+        lines = table(cluster, [number], hook=False)
+        started_at = perf_counter()
+        await tables.restore(lines)
+        changes.append(perf_counter() - started_at)
+    return Figures(full, median(changes), first_packet_us(ips))
+
+
+def table(cluster: Cluster, rewritten: list[int], *, hook: bool) -> list[str]:
+    lines = ["*nat", ":KUBE-SERVICES - [0:0]", ":KUBE-MARK-MASQ - [0:0]"]
+    rules = ["-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000"]
+    rules += [dispatch(cluster, number) for number in range(cluster.services)]
+    for number in rewritten:
+        for chain, own in chains(cluster, number):
+            lines.append(f":{chain} - [0:0]")
+            rules += own
+    return [*lines, *rules, *([HOOK] if hook else []), "COMMIT"]
+
+
+def dispatch(cluster: Cluster, number: int) -> str:
+    chain, ip = f"KUBE-SVC-{hashed(service_name(number))}", cluster.cluster_ip(number)
+    note = f'-m comment --comment "default/{service_name(number)}:http cluster IP"'
+    return f"-A KUBE-SERVICES {note} -m tcp -p tcp -d {ip} --dport {PORT} -j {chain}"
+
+
+def chains(cluster: Cluster, number: int) -> Iterator[tuple[str, list[str]]]:
+    name, ip = service_name(number), cluster.cluster_ip(number)
+    note = f'-m comment --comment "default/{name}:http'
+    service = f"KUBE-SVC-{hashed(name)}"
+    to_service = f'{note} cluster IP" -m tcp -p tcp -d {ip} --dport {PORT}'
+    rules = [f"-A {service} {to_service} ! -s 10.128.0.0/9 -j KUBE-MARK-MASQ"]
+    endpoints = cluster.endpoints(number)
+    for index, endpoint in enumerate(endpoints):
+        chain = f"KUBE-SEP-{hashed(name + endpoint)}"
+        left = len(endpoints) - index
+        share = f" -m statistic --mode random --probability {1 / left:0.10f}" if left > 1 else ""
+        rules.append(f'-A {service} {note} -> {endpoint}:{TARGET_PORT}"{share} -j {chain}')
+        dnat = f"-m tcp -p tcp -j DNAT --to-destination {endpoint}:{TARGET_PORT}"
+        yield (
+            chain,
+            [
+                f'-A {chain} {note}" -s {endpoint} -j KUBE-MARK-MASQ',
+                f'-A {chain} {note}" {dnat}',
+            ],
+        )
+    yield service, rules
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="300x5, in half a minute")
+    parser.add_argument("--sizes", type=cases, help="flavour:Services x endpoints, with commas")
+    parser.add_argument("--json", type=lambda text: Path(text).absolute(), help="for the figures")
+    options = parser.parse_args()
+    default = "nft:300x5,legacy:300x5" if options.quick else "nft:1000x10,legacy:10000x10"
+    options.sizes = options.sizes or cases(default)
+    return options
+
+
+def cases(text: str) -> list[Case]:
+    found = []
+    for word in text.split(","):
+        flavour, _, size = word.partition(":")
+        services, _, endpoints = size.partition("x")
+        known = next(name for name in FLAVOURS if name == flavour)
+        found.append(Case(known, int(services), int(endpoints)))
+    return found
+
+
+if __name__ == "__main__":
+    main()

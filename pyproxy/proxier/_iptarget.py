@@ -1,0 +1,288 @@
+"""Writes the items of mode iptables: chains by ``iptables-restore``, members of sets by netlink.
+
+It knows the rules of each chain of ours in the kernel and sends the chains that differ, all in
+one go. A rule that is refused is left out, with whatever leads to it, and the rest is sent again.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from pyproxy.delta import Delta
+from pyproxy.model import Family, ServicePortName
+from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
+from pyproxy.proxier._iptables import Iptables, IptablesError
+from pyproxy.reconcile import ApplyError
+from pyproxy.rules.iptables import (
+    CLUSTER_IPS,
+    HAIRPIN,
+    MEMBER,
+    SETS,
+    Content,
+    Item,
+    Ruleset,
+    set_name,
+)
+from pyproxy.rules.iptables_base import Place, jumps
+from pyproxy.rules.iptables_layout import Layout, read
+from pyproxy.rules.iptables_text import Line, Rules, cleared, founded, parsed, rewritten
+
+KINDS = {CLUSTER_IPS: IP_PORT, HAIRPIN: IP_PORT_IP}
+ATTEMPTS = 16  # for one change, each without something that was refused
+RANKS = {"SEP": 0, "SVC": 1, "SVL": 1, "EXT": 2, "FW-": 3}  # of chains: later ones lead to earlier
+
+
+@dataclass(slots=True)
+class Members:
+    """Who wants each member of a set; and which members the kernel has."""
+
+    users: dict[str, set[ServicePortName | None]] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+
+
+class IpTarget:
+    """Tables filter and nat of one family, and the sets that their rules look into."""
+
+    def __init__(
+        self,
+        tables: Iptables,
+        ruleset: Callable[[], Ruleset],
+        on_drift: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """``ruleset`` returns what the fixed part shall be at that moment.
+
+        ``on_drift`` hears how many chains somebody else has changed, when that is found out.
+        """
+        self._tables = tables
+        self._ruleset = ruleset
+        self._on_drift = on_drift
+        self._family: Family = ruleset().family
+        self._layout = Layout(ruleset())
+        self._held: dict[Place, tuple[str, ...]] = {}
+        self._members: dict[str, Members] = {}
+        self._missing: list[str] = []  # lines that add what every sync relies on
+        self._due: dict[Place, tuple[str, ...] | None] = {}  # chains that may have to be sent
+        self._sure = False  # that ``_held`` is what we left
+        self.established = asyncio.Event()  # the rules are there
+        self.ruleset: Ruleset | None = None  # what the fixed part was last made from
+
+    async def adopt(self) -> Mapping[Item, Content]:
+        """Read the tables and sets. What the fixed part lacks is added by ``apply``."""
+        before, was_sure = self._held, self._sure
+        self._sure = False
+        try:
+            there = parsed(await self._tables.save())
+            members = await asyncio.to_thread(self._read_members)
+        except (IptablesError, OSError) as error:
+            raise ApplyError(str(error)) from error
+        ruleset = self.ruleset = self._ruleset()
+        self._layout = Layout(ruleset)
+        items, self._held = read(there, self._layout.fixed)
+        for item, content in items.items():
+            self._layout.put(item, content)
+        self._due = {}
+        self._missing = founded(there, self._layout.fixed, jumps(ruleset))
+        if was_sure and (drift := differences(before, self._held)):
+            self._on_drift(drift)
+        return items | members
+
+    async def apply(self, delta: Delta[Item, Content]) -> Mapping[Item, str]:
+        """Carry out the change; return the items that were refused, and why."""
+        self._sure = False
+        for item in delta.removed:
+            self._remove(item)
+        for item, content in delta.added.items():
+            self._put(item, content)
+        for item, (_before, content) in delta.changed.items():
+            self._put(item, content)
+        try:
+            await asyncio.to_thread(self._add_members)
+            asked = {i for i in (*delta.added, *delta.changed) if i.table != SETS}
+            refused = await self._write(asked)
+            await asyncio.to_thread(self._remove_members)
+        except (IptablesError, OSError) as error:
+            raise ApplyError(str(error)) from error
+        self._sure = True
+        self.established.set()
+        return refused
+
+    async def clear(self) -> None:
+        """Remove every rule and set of ours. Raises ``ApplyError``."""
+        self._held, self._members = {}, {}
+        self._sure = False
+        self.established.clear()
+        try:
+            await remove([self._tables], self._family)
+        except (IptablesError, OSError) as error:
+            raise ApplyError(str(error)) from error
+
+    async def aclose(self) -> None:
+        """Leave the rules as they are: they carry the traffic."""
+
+    # --- items --------------------------------------------------------------------------------
+
+    def _put(self, item: Item, content: Content) -> None:
+        if item.table == SETS:
+            users = self._members[item.chain].users
+            users.setdefault(item.match, set()).add(item.owner)
+        else:
+            self._layout.put(item, content)
+
+    def _remove(self, item: Item) -> None:
+        if item.table != SETS:
+            self._layout.drop(item)
+            return
+        users = self._members[item.chain].users
+        if item.match in users:
+            users[item.match].discard(item.owner)
+            if not users[item.match]:
+                del users[item.match]
+
+    # --- sets ---------------------------------------------------------------------------------
+
+    def _read_members(self) -> dict[Item, Content]:
+        items: dict[Item, Content] = {}
+        self._members = {}
+        with closing(IpSets(self._family)) as sets:
+            for name, kind in KINDS.items():
+                held = sets.members(set_name(name, self._family))
+                if held is None:
+                    sets.create(set_name(name, self._family), kind)
+                members = self._members[name] = Members(held=held or set())
+                members.users = {member: {None} for member in members.held}
+                items |= {Item(SETS, name, member): MEMBER for member in members.held}
+        return items
+
+    def _add_members(self) -> None:
+        with closing(IpSets(self._family)) as sets:
+            for name, members in self._members.items():
+                if new := members.users.keys() - members.held:
+                    sets.add(set_name(name, self._family), new)
+                    members.held |= new
+
+    def _remove_members(self) -> None:
+        with closing(IpSets(self._family)) as sets:
+            for name, members in self._members.items():
+                if gone := members.held - members.users.keys():
+                    sets.remove(set_name(name, self._family), gone)
+                    members.held -= gone
+
+    # --- chains -------------------------------------------------------------------------------
+
+    async def _write(self, suspects: AbstractSet[Item]) -> dict[Item, str]:
+        """Send the chains that differ; return what was left out. Raises ``IptablesError``."""
+        if self._missing:
+            await self._tables.restore(self._missing)
+            self._missing = []
+        self._due |= self._layout.take()
+        refused: dict[Item, str] = {}
+        for _attempt in range(ATTEMPTS):
+            failure = await self._send()
+            if failure is None:
+                return refused
+            error, lines = failure
+            item = self._culprit(error, lines) or await self._isolated(suspects - refused.keys())
+            if item is None:
+                raise error
+            bad = self._layout.pointing_at([item])
+            refused |= {lost: f"{lost.chain} {lost.match}: {error}" for lost in bad}
+            for lost in bad:
+                self._layout.drop(lost)
+            self._due |= self._layout.take()
+        raise error
+
+    async def _send(self) -> tuple[IptablesError, Sequence[Line]] | None:
+        """Send the chains that are due; return why it failed, and what was sent."""
+        due, held = self._due, self._held
+        lines = rewritten({place: due[place] for place in due if held.get(place) != due[place]})
+        try:
+            if lines:
+                await self._tables.restore([line.text for line in lines])
+        except IptablesError as error:
+            return error, lines
+        for place, rules in due.items():
+            if rules is None:
+                held.pop(place, None)
+            else:
+                held[place] = rules
+        self._due = {}
+        return None
+
+    def _culprit(self, error: IptablesError, lines: Sequence[Line]) -> Item | None:
+        """Return the item whose line the error names."""
+        if error.line is None or error.line >= len(lines):
+            return None
+        line = lines[error.line]
+        return self._layout.item_at(line.place, line.rule) if line.place else None
+
+    async def _isolated(self, suspects: AbstractSet[Item]) -> Item | None:
+        """Find an item that makes the whole fail; None if it fails without any of them.
+
+        The kernel, unlike the program, does not say which line it refuses. What leads somewhere
+        comes after that, so that each part of the order stands for itself; a chain that is not
+        in it yet is empty.
+        """
+        order = sorted(suspects, key=lambda item: (bool(item.match), RANKS.get(item.chain[5:8], 0)))
+        contents = {item: self._layout.content(item) for item in order}
+        for item in order:
+            self._withhold(item)
+        if await self._retry() is not None:
+            return None
+        good, bad = 0, len(order)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            for item in order[good:middle]:
+                self._layout.put(item, contents[item])
+            if await self._retry() is None:
+                good = middle
+            else:
+                bad = middle
+                for item in order[good:middle]:
+                    self._withhold(item)
+        for item in order[good:]:
+            self._layout.put(item, contents[item])
+        return order[good] if order else None
+
+    def _withhold(self, item: Item) -> None:
+        if item.match:
+            self._layout.drop(item)
+        else:
+            self._layout.put(item, ())
+
+    async def _retry(self) -> tuple[IptablesError, Sequence[Line]] | None:
+        self._due |= self._layout.take()
+        return await self._send()
+
+
+async def remove(tables: Sequence[Iptables], family: Family) -> None:
+    """Remove our chains, kube-proxy's and our sets, whoever left them.
+
+    Raises ``IptablesError``, and ``OSError`` for a set.
+    """
+    for each in tables:
+        await remove_chains(each)
+    await asyncio.to_thread(destroy_sets, family)
+
+
+async def remove_chains(tables: Iptables) -> None:
+    lines = cleared(parsed(await tables.save()))
+    if lines:
+        await tables.restore(lines)
+
+
+def destroy_sets(family: Family) -> None:
+    with closing(IpSets(family)) as sets:
+        for name in KINDS:
+            sets.destroy(set_name(name, family))
+
+
+def differences(one: Rules, other: Rules) -> int:
+    """Return how many chains are missing, new, or of another length.
+
+    Their texts say less: other versions of iptables may print a rule otherwise than it was given.
+    """
+    lengths = {place: len(rules) for place, rules in one.items()}
+    others = {place: len(rules) for place, rules in other.items()}
+    return len({place for place, _length in lengths.items() ^ others.items()})

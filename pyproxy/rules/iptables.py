@@ -1,0 +1,309 @@
+"""What iptables and its sets contain for a plan: the items of each owner.
+
+Chains have kube-proxy's names where they mean the same, so that each program can remove what the
+other left. Endpoints are DNAT rules right in the chain of their pool; only session affinity
+needs a chain for each. A rule is written as ``iptables-save`` prints it, so that two rules are
+the same exactly if their texts are.
+"""
+
+from base64 import b32encode
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from hashlib import sha256
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from pyproxy.balancer import turn_of
+from pyproxy.model import (
+    Action,
+    Address,
+    Drop,
+    Family,
+    Forward,
+    Frontend,
+    Network,
+    Pool,
+    PortPlan,
+    Reject,
+    Route,
+    ServicePortName,
+)
+
+SERVICES = "KUBE-SERVICES"
+EXTERNAL = "KUBE-EXTERNAL-SERVICES"
+NODE_PORTS = "KUBE-NODEPORTS"
+FIREWALL = "KUBE-PROXY-FIREWALL"
+POSTROUTING = "KUBE-POSTROUTING"
+MARK_MASQ = "KUBE-MARK-MASQ"
+SETS = "ipset"  # stands where a table does, for members of sets
+CLUSTER_IPS = "PYPROXY-CLUSTER-IPS"
+HAIRPIN = "PYPROXY-HAIRPIN"
+LONGEST_TURN = 256  # slots of a pool in weighted round robin, if it has no more backends
+ONE = 1 << 31  # the kernel's probability of 1
+REJECT_WITH: Mapping[Family, str] = {4: "icmp-port-unreachable", 6: "icmp6-port-unreachable"}
+
+
+class Item(NamedTuple):
+    """A chain, a rule of a chain that owners share, or a member of a set.
+
+    ``match`` is empty for a whole chain. ``owner`` is set only where others may want the same.
+    """
+
+    table: str
+    chain: str
+    match: str = ""
+    owner: ServicePortName | None = None
+
+
+Content = str | tuple[str, ...]  # a rule's target; a chain's rules
+Items = dict[Item, Content]
+MEMBER = ""  # the content of a member of a set
+
+
+class Ruleset(Struct, frozen=True):
+    """What the rules of one family depend on besides the plan.
+
+    ``pods`` recognises connections of this node's pods: a network of theirs, or an interface's
+    name, with a plus sign at the end for a prefix; None if nothing does.
+    """
+
+    family: Family
+    mark: int = 0x4000
+    pods: Network | str | None = None
+    masquerade_all: bool = False
+    node_port_ips: tuple[str, ...] | None = None  # None: every address of the node
+    localhost_node_ports: bool = False
+    drop_invalid: bool = True
+    random_fully: bool = True
+
+
+class Pools(NamedTuple):
+    """The pools of an owner: at most two differ, which kube-proxy calls SVC and SVL."""
+
+    cluster: Pool | None
+    local: Pool | None
+
+    def chain(self, pool: Pool, suffix: str) -> str:
+        return f"KUBE-SVC-{suffix}" if pool == self.cluster else f"KUBE-SVL-{suffix}"
+
+
+def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Content]) -> Items:
+    """Return the items of one owner."""
+    suffix = suffix_of(port.owner)
+    pools = pools_of(port)
+    items: Items = {}
+    for pool in dict.fromkeys((pools.cluster, pools.local)):
+        if pool is not None:
+            items |= pool_chains(port.owner, pool, pools.chain(pool, suffix))
+            items |= hairpins(port.owner, pool)
+    for route in port.routes:
+        items |= entrance(ruleset, port.owner, route, pools)
+        items |= refusal(ruleset.family, port.owner, route)
+    external = next((r for r in port.routes if r.kind != "ClusterIP" and forwards(r)), None)
+    if external is not None:
+        lines = external_rules(ruleset, external, pools, suffix)
+        items[Item("nat", f"KUBE-EXT-{suffix}")] = lines
+    if port.health is not None:
+        match = f"-p tcp -m tcp --dport {port.health.port}"
+        items[Item("filter", NODE_PORTS, match)] = "ACCEPT"
+    return items
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def suffix_of(owner: ServicePortName) -> str:
+    return hashed(f"{owner}{owner.proto.lower()}")
+
+
+@lru_cache(maxsize=8192)
+def hashed(text: str) -> str:
+    return b32encode(sha256(text.encode()).digest())[:16].decode()
+
+
+def endpoint_chain(owner: ServicePortName, address: Address) -> str:
+    return f"KUBE-SEP-{hashed(f'{owner}{owner.proto.lower()}{address}')}"
+
+
+def set_name(name: str, family: Family) -> str:
+    return name if family == 4 else f"{name}-6"
+
+
+# --- pools ----------------------------------------------------------------------------------------
+
+
+def pools_of(port: PortPlan) -> Pools:
+    """Tell an owner's pools apart: what the node reaches from outside is that of the cluster."""
+    internal: Pool | None = None
+    cluster: Pool | None = None
+    local: Pool | None = None
+    for route in port.routes:
+        if route.kind == "ClusterIP":
+            internal = pool_of(route.from_node)
+        elif forwards(route):
+            cluster, local = pool_of(route.from_node), pool_of(route.from_outside)
+    if cluster is None:
+        cluster = internal
+    if local is None or local == cluster:
+        local = internal if internal != cluster else None
+    return Pools(cluster, local)
+
+
+def pool_of(action: Action) -> Pool | None:
+    return action.pool if isinstance(action, Forward) else None
+
+
+def forwards(route: Route) -> bool:
+    return isinstance(route.from_node, Forward)
+
+
+def pool_chains(owner: ServicePortName, pool: Pool, chain: str) -> Items:
+    """Return the chain that gives a connection a backend, and those of the backends it has."""
+    proto = owner.proto.lower()
+    items: Items = {}
+    lines: list[str] = []
+    targets: dict[Address, str] = {}
+    for address in (b.address for b in pool.backends):
+        if pool.affinity_seconds is None:
+            targets[address] = f"-j DNAT --to-destination {address}"
+            continue
+        name = endpoint_chain(owner, address)
+        targets[address] = f"-j {name}"
+        recent = f"--name {name} --mask {mask_of(address.ip)} --rsource"
+        seconds = f"--seconds {pool.affinity_seconds} --reap"
+        lines.append(f"-m recent --rcheck {seconds} {recent} -j {name}")
+        dnat = f"-p {proto} -m recent --set {recent} -j DNAT --to-destination {address}"
+        items[Item("nat", name)] = (dnat,)
+    prefix = f"-p {proto} " if pool.affinity_seconds is None else ""
+    for match, address in picks(pool, comment(str(owner))):
+        lines.append(f"{prefix}{match}{targets[address]}")
+    items[Item("nat", chain)] = tuple(lines)
+    return items
+
+
+def mask_of(ip: str) -> str:
+    return "255.255.255.255" if ":" not in ip else "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
+
+
+def picks(pool: Pool, last: str) -> Iterator[tuple[str, Address]]:
+    """Yield, for each rule in order, what makes it match its share, and its backend.
+
+    Each rule sees only the connections that those before it left. The last one takes all, and
+    has a match of its own: it says whose chain this is, where fewest connections pay for it.
+    """
+    if pool.scheduler in ("rr", "wrr"):
+        turn = turn_of(pool, longest=LONGEST_TURN)
+        for index, address in enumerate(turn[:-1]):
+            yield f"-m statistic --mode nth --every {len(turn) - index} --packet 0 ", address
+        yield last, turn[-1]
+        return
+    left = sum(b.weight for b in pool.backends)
+    for backend in pool.backends[:-1]:
+        share = probability(backend.weight, left)
+        left -= backend.weight
+        yield f"-m statistic --mode random --probability {share} ", backend.address
+    yield last, pool.backends[-1].address
+
+
+@lru_cache(maxsize=4096)
+def probability(part: int, whole: int) -> str:
+    """Return the text of a probability, which the kernel knows in steps of 2**-31."""
+    return f"{round(part / whole * ONE) / ONE:.11f}"
+
+
+def hairpins(owner: ServicePortName, pool: Pool) -> Items:
+    """Return the members by which an endpoint of this node is known that reaches itself."""
+    proto = owner.proto.lower()
+    return {
+        Item(
+            SETS, HAIRPIN, f"{b.address.ip},{proto}:{b.address.port},{b.address.ip}", owner
+        ): MEMBER
+        for b in pool.backends
+        if b.is_local
+    }
+
+
+# --- frontends ------------------------------------------------------------------------------------
+
+
+def entrance(ruleset: Ruleset, owner: ServicePortName, route: Route, pools: Pools) -> Items:
+    """Return what leads connections to a frontend into the owner's chains."""
+    pool = pool_of(route.from_node)
+    if pool is None:
+        return {}
+    suffix = suffix_of(owner)
+    match = frontend_match(route.frontend)
+    if route.kind == "NodePort":
+        return {Item("nat", NODE_PORTS, match): f"KUBE-EXT-{suffix}"}
+    if route.kind == "ClusterIP":
+        ip, port, proto = route.frontend
+        member = Item(SETS, CLUSTER_IPS, f"{ip},{proto.lower()}:{port}")
+        return {Item("nat", SERVICES, match): pools.chain(pool, suffix), member: MEMBER}
+    if route.allowed_sources is None:
+        return {Item("nat", SERVICES, match): f"KUBE-EXT-{suffix}"}
+    allowed = tuple(f"-s {n} -j KUBE-EXT-{suffix}" for n in unique(route.allowed_sources))
+    return {
+        Item("nat", SERVICES, match): f"KUBE-FW-{suffix}",
+        Item("nat", f"KUBE-FW-{suffix}"): allowed,
+        Item("filter", FIREWALL, match): "DROP",
+    }
+
+
+def unique(networks: Iterable[Network]) -> Iterable[Network]:
+    return dict.fromkeys(networks)
+
+
+def frontend_match(frontend: Frontend, note: str = "") -> str:
+    proto = frontend.proto.lower()
+    where = f"-d {frontend.ip}/{32 if ':' not in frontend.ip else 128} " if frontend.ip else ""
+    return f"{where}-p {proto} {note}-m {proto} --dport {frontend.port}"
+
+
+def external_rules(ruleset: Ruleset, route: Route, pools: Pools, suffix: str) -> tuple[str, ...]:
+    """Return the rules for connections to external frontends, all kinds alike.
+
+    With policy Local, this node's pods and its processes reach all endpoints, the latter
+    masqueraded; others those of this node, and without any the filter table drops them.
+    """
+    whole_pool, outside = pool_of(route.from_node), pool_of(route.from_outside)
+    assert whole_pool is not None, "the route forwards"
+    jump = f"-j {pools.chain(whole_pool, suffix)}"
+    if isinstance(route.from_outside, Forward) and route.from_outside.masquerade:
+        return (f"-j {MARK_MASQ}", jump)
+    lines = [f"{from_pods(ruleset)} {jump}"] if ruleset.pods is not None else []
+    lines += [f"-m addrtype --src-type LOCAL -j {MARK_MASQ}"]
+    lines += [f"-m addrtype --src-type LOCAL {jump}"]
+    if outside is not None:
+        lines.append(f"-j {pools.chain(outside, suffix)}")
+    return tuple(lines)
+
+
+def from_pods(ruleset: Ruleset) -> str:
+    return f"-i {ruleset.pods}" if isinstance(ruleset.pods, str) else f"-s {ruleset.pods}"
+
+
+def refusal(family: Family, owner: ServicePortName, route: Route) -> Items:
+    """Return the rule of table filter for what a frontend does not forward.
+
+    Connections that were given a backend do not match it: their destination is another by then.
+    """
+    if isinstance(route.from_node, Reject):
+        why, target = "has no endpoints", f"REJECT --reject-with {REJECT_WITH[family]}"
+    elif isinstance(route.from_outside, Drop):
+        why, target = "has no local endpoints", "DROP"
+    else:
+        return {}
+    match = frontend_match(route.frontend, comment(f"{owner} {why}"))
+    chain = SERVICES if route.kind == "ClusterIP" else EXTERNAL
+    if route.kind == "NodePort":
+        match += " -m addrtype --dst-type LOCAL"
+    items: Items = {Item("filter", chain, match): target}
+    if route.allowed_sources is not None and target == "DROP" and not forwards(route):
+        items[Item("filter", FIREWALL, frontend_match(route.frontend))] = "DROP"
+    return items
+
+
+def comment(text: str) -> str:
+    """Return the match that says something to people. All our texts have a sign to be quoted."""
+    return f'-m comment --comment "{text}" '

@@ -1,0 +1,247 @@
+"""Mode iptables in the kernel, with the rules of both flavours."""
+
+import subprocess
+from functools import partial
+from ipaddress import ip_network
+
+import pytest
+from msgspec import structs
+
+from pyproxy.delta import Delta
+from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
+from pyproxy.proxier._iptables import Iptables, IptablesError, programs_of
+from pyproxy.proxier._iptarget import IpTarget, remove
+from pyproxy.reconcile import Reconciler
+from pyproxy.rules.iptables import Item, Ruleset, compile_owner, set_name
+from pyproxy.rules.iptables_base import CANARY
+from pyproxy.rules.iptables_layout import chains_of
+from pyproxy.rules.iptables_text import is_ours, parsed
+from tests.iptables_cluster import cluster
+
+FOREIGN = """*filter
+:KUBE-FIREWALL - [0:0]
+:MINE - [0:0]
+-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT
+-A INPUT -j KUBE-FIREWALL
+-A FORWARD -j MINE
+-A MINE -m comment --comment "says -j KUBE-SERVICES" -j RETURN
+-A KUBE-FIREWALL -m mark --mark 0x8000/0x8000 -j DROP
+COMMIT
+*nat
+:KUBE-NOT-OURS - [0:0]
+-A POSTROUTING -j KUBE-NOT-OURS
+COMMIT
+*mangle
+:KUBE-IPTABLES-HINT - [0:0]
+:KUBE-KUBELET-CANARY - [0:0]
+COMMIT
+"""
+
+
+class Clock:
+    def monotonic(self):
+        return 0.0
+
+    def unix(self):
+        return 0.0
+
+
+class Counting(Iptables):
+    """Tables that count what is written to them."""
+
+    def __init__(self, programs):
+        super().__init__(programs)
+        self.inputs = []
+
+    async def restore(self, lines):
+        self.inputs.append(lines)
+        await super().restore(lines)
+
+
+def output_of(*argv, text=""):
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    output, _ = child.communicate(text, timeout=60)
+    assert child.returncode == 0, output
+    return output
+
+
+def flush(programs):
+    for table in ("filter", "nat", "mangle"):
+        for flag in ("-F", "-X"):
+            output_of(programs.plain, "-w", "-t", table, flag)
+
+
+@pytest.fixture(params=[(4, "nft"), (4, "legacy"), (6, "nft"), (6, "legacy")], ids=str)
+def tables(request):
+    family, flavour = request.param
+    programs = programs_of(family).get(flavour)
+    if programs is None:
+        pytest.skip(f"no iptables of flavour {flavour} here")
+    flush(programs)
+    yield Counting(programs)
+    flush(programs)
+    output_of("ipset", "destroy")
+
+
+@pytest.fixture
+def ruleset(tables):
+    family = 6 if "6" in tables.programs.plain else 4
+    pods = ip_network("10.244.0.0/16" if family == 4 else "fd00:10:244::/56")
+    return Ruleset(family, pods=pods, localhost_node_ports=family == 4)
+
+
+def proxier(tables, ruleset, *, drifted=lambda count: None):
+    target = IpTarget(tables, lambda: ruleset, drifted)
+    return Reconciler("iptables", ruleset.family, partial(compile_owner, ruleset), target, Clock())
+
+
+def without_counters(text):
+    """What is there, without what a packet or the date changes."""
+    lines = (line for line in text.splitlines() if not line.startswith("#"))
+    return [line.split(" [")[0] for line in lines]
+
+
+async def test_the_kernel_prints_each_rule_as_we_wrote_it(tables, ruleset):
+    plan = cluster(ruleset.family)
+    report = await proxier(tables, ruleset).sync(plan, set(plan.ports))
+    assert report.error is None
+    assert report.unserved == ()
+    items = {}
+    for port in plan.ports.values():
+        items |= compile_owner(ruleset, port, {})
+    there = parsed(await tables.save())
+    ours = {place: rules for place, rules in there.items() if is_ours(place[1])}
+    assert ours == chains_of(ruleset, items)
+
+
+async def test_a_second_process_writes_nothing(tables, ruleset):
+    plan = cluster(ruleset.family)
+    await proxier(tables, ruleset).sync(plan, set(plan.ports))
+    tables.inputs.clear()
+    report = await proxier(tables, ruleset).sync(plan, set())
+    assert report.error is None
+    assert tables.inputs == []
+
+
+async def test_a_change_writes_the_chains_it_concerns(tables, ruleset):
+    plan = cluster(ruleset.family)
+    carrier = proxier(tables, ruleset)
+    await carrier.sync(plan, set(plan.ports))
+    tables.inputs.clear()
+    owner = next(iter(plan.ports))
+    changed = cluster(ruleset.family, endpoints=5)
+    await carrier.sync(changed, {owner})
+    [lines] = tables.inputs
+    assert {line.split(" ")[0][1:9] for line in lines if line.startswith(":")} == {"KUBE-SVC"}
+
+
+async def test_what_others_flush_is_there_again_and_told(tables, ruleset):
+    plan, told = cluster(ruleset.family), []
+    carrier = proxier(tables, ruleset, drifted=told.append)
+    await carrier.sync(plan, set(plan.ports))
+    before = without_counters(await tables.save())
+    assert await tables.has_canary()
+    flush(tables.programs)
+    assert not await tables.has_canary()
+    carrier.distrust()
+    report = await carrier.sync(plan, set())
+    assert report.error is None
+    assert without_counters(await tables.save()) == before
+    assert len(told) == 1
+
+
+async def test_rules_of_others_stay_as_they_are(tables, ruleset):
+    output_of(tables.programs.restore, text=FOREIGN)
+    before = without_counters(await tables.save())
+    plan = cluster(ruleset.family)
+    plain = structs.replace(ruleset, localhost_node_ports=False)
+    await proxier(tables, plain).sync(plan, set(plan.ports))
+    with_ours = without_counters(await tables.save())
+    assert set(before) <= set(with_ours)
+    await remove([tables], ruleset.family)
+    assert without_counters(await tables.save()) == before
+    assert output_of("ipset", "list", "-n") == ""
+
+
+async def test_the_chain_shared_with_kubelet_gets_one_rule_and_keeps_its_own(tables, ruleset):
+    output_of(tables.programs.restore, text=FOREIGN)
+    plan = cluster(ruleset.family)
+    for _ in range(2):
+        await proxier(tables, ruleset).sync(plan, set(plan.ports))
+    await remove([tables], ruleset.family)
+    rules = parsed(await tables.save())["filter", "KUBE-FIREWALL"]
+    assert len(rules) == (2 if ruleset.localhost_node_ports else 1)
+
+
+async def test_clearing_an_empty_host_writes_nothing(tables, ruleset):
+    await remove([tables], ruleset.family)
+    assert tables.inputs == []
+
+
+async def test_a_rule_that_is_refused_is_left_out_with_what_leads_to_it(tables, ruleset):
+    target = IpTarget(tables, lambda: ruleset)
+    await target.adopt()
+    ip = "10.96.0.9/32" if ruleset.family == 4 else "fd00:10:96::9/128"
+    bad = Item("nat", "KUBE-SVC-BAD")
+    to_bad = Item("nat", "KUBE-SERVICES", f"-d {ip} -p tcp -m tcp --dport 80")
+    good = Item("nat", "KUBE-NODEPORTS", "-p tcp -m tcp --dport 30080")
+    added = {
+        bad: ("-p tcp -m nonsense -j RETURN",),
+        to_bad: "KUBE-SVC-BAD",
+        good: "KUBE-MARK-MASQ",
+    }
+    refused = await target.apply(Delta(added, {}, {}))
+    assert refused.keys() == {bad, to_bad}
+    assert "nonsense" in refused[bad]
+    there = parsed(await tables.save())
+    assert there["nat", "KUBE-NODEPORTS"] == (f"{good.match} -j KUBE-MARK-MASQ",)
+    assert ("nat", "KUBE-SVC-BAD") not in there
+
+
+async def test_what_the_kernel_refuses_does_not_stop_the_rest(tables, ruleset):
+    """The kernel, unlike the program, may say no more than that the whole is not to its liking."""
+    target = IpTarget(tables, lambda: ruleset)
+    await target.adopt()
+    bad = Item("nat", "KUBE-SVC-BAD")
+    good = Item("nat", "KUBE-SVC-GOOD")
+    ip = "10.0.0.1" if ruleset.family == 4 else "[fd00::1]"
+    to = f"-p tcp -j DNAT --to-destination {ip}:80"
+    added = {bad: ("-j TPROXY --on-port 1 --on-ip 0.0.0.0 --tproxy-mark 0x0/0x0",), good: (to,)}
+    refused = await target.apply(Delta(added, {}, {}))
+    assert refused.keys() == {bad}
+    assert parsed(await tables.save())["nat", "KUBE-SVC-GOOD"] == (to,)
+
+
+async def test_a_program_that_cannot_start_is_an_error(tables):
+    gone = Iptables(tables.programs._replace(save="no-such-program"))
+    with pytest.raises(IptablesError, match="no-such-program: No such file"):
+        await gone.save()
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_sets_hold_what_was_added_and_not_removed(family):
+    ip = "10.0.0.1" if family == 4 else "fd00::1"
+    sets = IpSets(family)
+    try:
+        for kind, last in ((IP_PORT, ""), (IP_PORT_IP, f",{ip}")):
+            name = set_name("TRIAL", family)
+            members = {f"{ip},{proto}:80{last}" for proto in ("tcp", "udp", "sctp")}
+            assert sets.members(name) is None
+            sets.create(name, kind)
+            sets.add(name, members)
+            sets.add(name, members)  # which are there
+            sets.remove(name, [f"{ip},udp:80{last}"])
+            sets.remove(name, [f"{ip},udp:80{last}"])  # which is not
+            assert sets.members(name) == members - {f"{ip},udp:80{last}"}
+            sets.destroy(name)
+            sets.destroy(name)
+    finally:
+        sets.close()
+
+
+async def test_the_canary_is_in_each_table(tables, ruleset):
+    plan = cluster(ruleset.family, others=0)
+    await proxier(tables, ruleset).sync(plan, set(plan.ports))
+    there = parsed(await tables.save())
+    assert {table for table, chain in there if chain == CANARY} == {"filter", "nat", "mangle"}
