@@ -29,16 +29,18 @@ def diff(old: Mapping[K, V], new: Mapping[K, V]) -> Delta[K, V]:
     Values are compared by identity first: one that was carried over from an earlier plan costs
     one pointer comparison.
     """
-    changed = {}
-    for key in old.keys() & new.keys():
-        before, after = old[key], new[key]
+    added: dict[K, V] = {}
+    changed: dict[K, tuple[V, V]] = {}
+    for key, after in new.items():
+        if key not in old:
+            added[key] = after
+            continue
+        before = old[key]
         if before is not after and before != after:
             changed[key] = (before, after)
-    return Delta(
-        added={key: value for key, value in new.items() if key not in old},
-        changed=changed,
-        removed={key: value for key, value in old.items() if key not in new},
-    )
+    if len(new) - len(added) == len(old):  # nothing of the old is missing
+        return Delta(added, changed, {})
+    return Delta(added, changed, {key: value for key, value in old.items() if key not in new})
 
 
 def patch(old: Mapping[K, V], delta: Delta[K, V]) -> dict[K, V]:

@@ -20,6 +20,8 @@ from pyproxy.rules.nftables import Ruleset, compile_owner
 AUDIT_SECONDS = 0.5
 AUDIT_SHARE = 20  # an audit that took a second is followed by a pause of so many
 
+LISTEN_AFTER_SECONDS = 10.0  # no family is loading its table any more
+
 log = logging.getLogger(__name__)
 
 
@@ -35,8 +37,11 @@ def unsupported() -> str | None:
         rule = Rule(chain.name, (MatchState("new"), Masquerade()))
         nf.commit([
             new_table(probe), new_chain(probe, chain), new_rule(probe, rule), delete_table(probe),
+            delete_table(probe),
         ])  # fmt: skip
     except NfError as error:
+        if error.index == 4:  # the last, which nothing can do: all others were right, and undone
+            return None
         return f"{error}: it needs nf_tables in the kernel, and root or CAP_NET_ADMIN"
     finally:
         nf.close()
@@ -50,7 +55,7 @@ def prepare(config: Config) -> tuple[str, ...]:
 def build(env: Env) -> Proxier:
     audit = Audit(env)
     target = NfTarget(partial(ruleset_for, env), audit.found)
-    env.host.on_change(env.resync)
+    env.host.on_change(audit.look_around)
     env.tasks.create_task(audit.run(target), name=f"audit IPv{env.family}")
     compiled = partial(compile_owner, ruleset_for(env))  # owners look at its lasting part only
     return Tracked(Reconciler("nftables", env.family, compiled, target, env.clock), env)
@@ -105,23 +110,48 @@ class Audit:
 
     def __init__(self, env: Env) -> None:
         self._env = env
+        self._ruleset = ruleset_for(env)
         self._suspects: list[str] = []  # who changed any rules before the audit under way
 
     def found(self, count: int) -> None:
         """Tell that so much of the table was changed, and who may have done it."""
         self._env.drifted(nft_base.TABLE_NAME, count, ", ".join(self._suspects) or "somebody")
 
+    def look_around(self) -> None:
+        """Have the rules compared if they should be others now: most interfaces are no matter."""
+        before, self._ruleset = self._ruleset, ruleset_for(self._env)
+        if self._ruleset != before:
+            self._env.resync()
+
     async def run(self, target: NfTarget) -> None:
-        await target.settled.wait()  # while anybody listens, loading many elements is slow
-        nf, changes = NfTables(), Generations()
+        """Poll the generation for ever; listen for who makes new ones while nothing is loaded.
+
+        While anybody listens, the kernel takes ten times as long to load elements, ours and those
+        of the other family.
+        """
+        await target.settled.wait()
+        clock = asyncio.get_running_loop().time
+        listen_at = clock() + LISTEN_AFTER_SECONDS
+        nf = NfTables()
+        changes: Generations | None = None
         try:
             while True:
                 await asyncio.sleep(AUDIT_SECONDS)
-                others = [g for g in changes.receive() if g.pid != os.getpid()]
-                if nf.generation().id != target.generation:
-                    self._suspects = sorted({f"{g.process} ({g.pid})" for g in others})
-                    self._env.resync()
-                    await asyncio.sleep(AUDIT_SHARE * target.read_seconds)
+                if changes is None and clock() >= listen_at:
+                    changes = Generations()
+                heard = changes.receive() if changes is not None else []
+                others = [g for g in heard if g.pid != os.getpid()]
+                known = target.generation
+                if known is None or nf.generation().id == known:
+                    continue
+                self._suspects = sorted({f"{g.process} ({g.pid})" for g in others})
+                if changes is not None:
+                    changes.close()
+                    changes = None
+                listen_at = clock() + LISTEN_AFTER_SECONDS
+                self._env.resync()
+                await asyncio.sleep(AUDIT_SHARE * target.read_seconds)
         finally:
             nf.close()
-            changes.close()
+            if changes is not None:
+                changes.close()
