@@ -148,9 +148,10 @@ class Audit:
                 if changes is not None:
                     changes.close()
                     changes = None
-                listen_at = clock() + LISTEN_AFTER_SECONDS
+                pause = AUDIT_SHARE * target.read_seconds
+                listen_at = clock() + min(LISTEN_AFTER_SECONDS, pause)
                 self._env.resync()
-                await asyncio.sleep(AUDIT_SHARE * target.read_seconds)
+                await asyncio.sleep(pause)
         finally:
             nf.close()
             if changes is not None:
