@@ -7,10 +7,8 @@ balancer's probes are foreign input that is better parsed by code with many user
 
 import asyncio
 import contextlib
-import io
 import logging
 import platform
-import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -21,6 +19,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from pyproxy import __version__
+from pyproxy.debug import Debug, Page, sent, text
 from pyproxy.health import (
     JSON_HEADERS,
     Answer,
@@ -38,16 +37,9 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-Page = Callable[[web.BaseRequest], web.Response | Awaitable[web.Response]]
 
 RETRY_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 1.0  # for answers under way when a server closes
-PROFILE_SECONDS: Final = 30  # unless asked otherwise, as Go's profiler
-PROFILE_SECONDS_MAX: Final = 300
-PROFILE_ROWS: Final = 200
-VERBOSITY_BYTES_MAX: Final = 64
-
-TEXT: Final = {**JSON_HEADERS, "Content-Type": "text/plain; charset=utf-8"}
 
 
 class ListenError(Exception):
@@ -218,7 +210,7 @@ class ServiceHealthServers:
 
     async def _answer(self, service: ObjectName, _: web.BaseRequest) -> web.Response:
         healthy = self._health.verdict(self._clock()).healthy
-        return _sent(service_health(service, self._local_counts.get(service, 0), healthy))
+        return sent(service_health(service, self._local_counts.get(service, 0), healthy))
 
 
 def health_server(
@@ -237,7 +229,7 @@ def health_server(
     ) -> web.Response:
         answer = render(health.verdict(clock()))
         metrics.probe(kind, answer.status)
-        return _sent(answer)
+        return sent(answer)
 
     pages: Mapping[str, Page] = {
         "/healthz": partial(probed, "healthz", healthz),
@@ -274,58 +266,18 @@ def metrics_server(
     pages: dict[str, Page] = {
         "/metrics": partial(_exposed, metrics.exposition),
         "/metrics/slis": partial(_slis, metrics),
-        "/proxyMode": lambda _: _text(about.mode),
-        "/configz": lambda _: _sent(Answer(200, JSON_HEADERS, configz)),
-        "/healthz": lambda _: _text("ok"),
-        "/healthz/ping": lambda _: _text("ok"),
-        "/flagz": lambda _: _text(f"pyproxy flags\n\n{flagz}"),
+        "/proxyMode": lambda _: text(about.mode),
+        "/configz": lambda _: sent(Answer(200, JSON_HEADERS, configz)),
+        "/healthz": lambda _: text("ok"),
+        "/healthz/ping": lambda _: text("ok"),
+        "/flagz": lambda _: text(f"pyproxy flags\n\n{flagz}"),
     }
     if about.profiling:
         pages |= Debug(about.set_verbosity).pages()
-    pages["/statusz"] = lambda _: _text(_status(about.started_at, clock(), sorted(pages)))
+    pages["/statusz"] = lambda _: text(_status(about.started_at, clock(), sorted(pages)))
     return HttpServer(
         "metrics server", bind, partial(_serve, pages), hard_fail=hard_fail, on_failure=on_failure
     )
-
-
-class Debug:
-    """Looks into the running process; only there if profiling is enabled."""
-
-    def __init__(self, set_verbosity: Callable[[int], None]) -> None:
-        self._set_verbosity = set_verbosity
-        self._is_profiling = False
-
-    def pages(self) -> dict[str, Page]:
-        return {
-            "/debug/flags": lambda _: _text("v\n"),
-            "/debug/flags/v": self._put_verbosity,
-            "/debug/pprof/": lambda _: _text("profile?seconds=N\ntasks\n"),
-            "/debug/pprof/profile": self._profile,
-            "/debug/pprof/tasks": lambda _: _text(_tasks()),
-        }
-
-    async def _put_verbosity(self, request: web.BaseRequest) -> web.Response:
-        if request.method != "PUT":
-            return _text("use PUT\n", 405, Allow="PUT")
-        level = (await request.content.read(VERBOSITY_BYTES_MAX)).strip()
-        if not re.fullmatch(rb"[0-9]{1,2}", level):
-            return _text("v: not a number in 0..99\n", 400)
-        self._set_verbosity(int(level))
-        return _text(f"v is now {int(level)}\n")
-
-    async def _profile(self, request: web.BaseRequest) -> web.Response:
-        """Profile the event loop's thread for some seconds; print where they went."""
-        asked = request.query.get("seconds", str(PROFILE_SECONDS))
-        seconds = float(asked) if re.fullmatch(r"\d{1,3}(\.\d+)?", asked, re.ASCII) else 0.0
-        if not 0 < seconds <= PROFILE_SECONDS_MAX:
-            return _text(f"seconds: {asked!r} is not in 0..{PROFILE_SECONDS_MAX}\n", 400)
-        if self._is_profiling:
-            return _text("a profile is being taken\n", 409)
-        self._is_profiling = True
-        try:
-            return _text(await _profiled(seconds))
-        finally:
-            self._is_profiling = False
 
 
 def parse_bind(bind: str) -> tuple[str, int]:
@@ -366,32 +318,22 @@ def _has_ipv6() -> bool:
 async def _serve(pages: Mapping[str, Page], request: web.BaseRequest) -> web.Response:
     page = pages.get(request.path)
     if page is None:
-        return _text("404 page not found\n", 404)
+        return text("404 page not found\n", 404)
     response = page(request)
     return response if isinstance(response, web.Response) else await response
-
-
-def _sent(answer: Answer) -> web.Response:
-    # Named, lest aiohttp tell everybody its version and Python's.
-    headers = {**answer.headers, "Server": "pyproxy"}
-    return web.Response(status=answer.status, headers=headers, body=answer.body)
-
-
-def _text(text: str, status: int = 200, **headers: str) -> web.Response:
-    return _sent(Answer(status, {**TEXT, **headers}, text.encode()))
 
 
 def _exposed(
     exposition: Callable[[str], tuple[str, bytes]], request: web.BaseRequest
 ) -> web.Response:
     content_type, body = exposition(request.headers.get("Accept", ""))
-    return _sent(Answer(200, {"Content-Type": content_type}, body))
+    return sent(Answer(200, {"Content-Type": content_type}, body))
 
 
 def _slis(metrics: Metrics, request: web.BaseRequest) -> web.Response:
     if request.method == "DELETE":
         metrics.reset_slis()
-        return _text("metrics reset\n")
+        return text("metrics reset\n")
     return _exposed(metrics.slis, request)
 
 
@@ -400,29 +342,3 @@ def _status(started_at: float, now: float, paths: Sequence[str]) -> str:
         f"pyproxy status\n\nStarted: {rfc3339(started_at)}\nUp: {now - started_at:.0f} s\n"
         f"Version: {__version__}\nPython: {platform.python_version()}\nPaths: {' '.join(paths)}\n"
     )
-
-
-def _tasks() -> str:
-    """Return the event loop's tasks, each with the line at which it waits."""
-    lines = []
-    for task in sorted(asyncio.all_tasks(), key=lambda task: task.get_name()):
-        frames = task.get_stack(limit=1)
-        where = f"{frames[0].f_code.co_filename}:{frames[0].f_lineno}" if frames else "not begun"
-        lines.append(f"{task.get_name()} at {where}\n")
-    return "".join(lines)
-
-
-async def _profiled(seconds: float) -> str:
-    # Imported here: half a megabyte for what nearly no process ever does.
-    import cProfile
-    import pstats
-
-    profile = cProfile.Profile()
-    profile.enable()
-    try:
-        await asyncio.sleep(seconds)
-    finally:
-        profile.disable()
-    text = io.StringIO()
-    pstats.Stats(profile, stream=text).sort_stats("cumulative").print_stats(PROFILE_ROWS)
-    return text.getvalue()

@@ -9,6 +9,7 @@ import errno
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pyproxy.delta import Delta
 from pyproxy.model import ServicePortName
@@ -22,6 +23,8 @@ from pyproxy.rules.nft_affinity import AFFINITY_SET, CHAIN, Content
 from pyproxy.rules.nftables import PRESENT, Item, Ruleset
 
 IN_A_THREAD = 2000  # items: fewer are written before a thread would have started
+K = TypeVar("K")
+V = TypeVar("V")
 NODE_PORT_IPS = "node-port-ips"
 Forms = tuple[RuleForm, ...]
 
@@ -394,13 +397,13 @@ def delete_tables(tables: Iterable[Table]) -> None:
 
 def differences(one: Held, other: Held) -> int:
     """Return how many elements, chains and sets are not the same."""
-    containers = one.elements.keys() | other.elements.keys()
-    pairs: list[tuple[Mapping[object, object], Mapping[object, object]]] = [
-        (one.elements.get(name, {}), other.elements.get(name, {}))  # type: ignore[misc]  # keys are invariant
-        for name in containers
-    ]
-    pairs.append((one.chains, other.chains))  # type: ignore[arg-type]  # likewise
-    pairs.append((one.affinity_sets, other.affinity_sets))  # type: ignore[arg-type]  # likewise
-    return sum(
-        sum(a.get(key) != b.get(key) for key in a.keys() | b.keys()) for a, b in pairs if a != b
-    )
+    names = one.elements.keys() | other.elements.keys()
+    count = sum(unlike(one.elements.get(n, {}), other.elements.get(n, {})) for n in names)
+    count += unlike(one.chains, other.chains)
+    return count + unlike(one.affinity_sets, other.affinity_sets)
+
+
+def unlike(one: Mapping[K, V], other: Mapping[K, V]) -> int:
+    if one == other:
+        return 0
+    return sum(one.get(key) != other.get(key) for key in one.keys() | other.keys())
