@@ -12,43 +12,48 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import cast
 
+from pyproxy.proxier._sockets import keep_alive
+
 WRITE_LIMIT = 256 * 1024
 LINGER_RESET = struct.pack("=ii", 1, 0)
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 300), (socket.TCP_KEEPINTVL, 30), (socket.TCP_KEEPCNT, 5))
+TCP_CLOSE = 7  # the state of a connection that was reset or timed out, of linux/tcp.h
 
 
 class Half(asyncio.Protocol):
     """One side of a relay: reads from its own transport, writes to the other's.
 
-    Bytes may come before the other side is connected to its transport: uvloop ignores
-    ``pause_reading`` while a connection is being made. They wait in ``_early``.
+    The two are connected to their transports one after the other, and much may happen between:
+    bytes that come wait in ``_early`` (uvloop ignores ``pause_reading`` while a connection is
+    being made), an end and a loss are remembered.
     """
 
-    __slots__ = ("_early", "_ended", "_on_close", "other", "transport")
+    __slots__ = ("_early", "_on_close", "ended", "lost", "other", "transport", "watched")
 
     other: "Half"
 
     def __init__(self, on_close: Callable[[], None] | None = None) -> None:
         self.transport: asyncio.Transport | None = None
+        self.ended = False  # nothing more will come from this side
+        self.lost = False
+        self.watched = False
         self._early: list[bytes] = []
-        self._ended = False
         self._on_close = on_close
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         writer = cast(asyncio.Transport, transport)  # uvloop's only looks like one
         writer.set_write_buffer_limits(high=WRITE_LIMIT)
         self.transport = writer
+        if self.other.lost:
+            abort(writer)
+            return
         for data in self.other.early():
             writer.write(data)
-        if self.other.has_ended():
-            writer.write_eof()
+        if self.other.ended:
+            end(writer)
 
     def early(self) -> list[bytes]:
         data, self._early = self._early, []
         return data
-
-    def has_ended(self) -> bool:
-        return self._ended
 
     def data_received(self, data: bytes) -> None:
         writer = self.other.transport
@@ -59,15 +64,15 @@ class Half(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Pass the end on; keep our transport open for what the other side still says."""
-        self._ended = True
+        self.ended = True
         writer = self.other.transport
-        if writer is None or not self.other.has_ended():
-            if writer is not None and not writer.is_closing():
-                with suppress(OSError, RuntimeError):  # it was reset at this moment
-                    writer.write_eof()
+        if writer is None:
             return True
-        writer.close()
-        return False
+        if self.other.ended:
+            writer.close()
+            return False
+        end(writer)
+        return True
 
     def pause_writing(self) -> None:
         reader = self.other.transport
@@ -80,6 +85,7 @@ class Half(asyncio.Protocol):
             reader.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.lost = True
         on_close, self._on_close = self._on_close, None
         peer = self.other.transport
         if peer is not None and not peer.is_closing():
@@ -89,6 +95,41 @@ class Half(asyncio.Protocol):
                 abort(peer)
         if on_close is not None:
             on_close()
+
+    def abort(self) -> None:
+        """End both sides at once."""
+        for half in (self, self.other):
+            if half.transport is not None:
+                abort(half.transport)
+
+    def is_dead(self) -> bool:
+        """Say whether one of the two sides was lost after it had ended.
+
+        The event loop does not look at a side any more that has ended.
+        """
+        return any(half.ended and half.is_reset() for half in (self, self.other))
+
+    def watch(self) -> None:
+        """Have the kernel find out when the other side's peer is gone without a word."""
+        self.watched = True
+        if self.other.transport is not None and not self.other.transport.is_closing():
+            keep_alive(self.other.transport.get_extra_info("socket"))
+
+    def is_reset(self) -> bool:
+        if self.transport is None or self.transport.is_closing():
+            return False
+        sock = self.transport.get_extra_info("socket")
+        try:
+            state: bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        except OSError:
+            return False
+        return state[0] == TCP_CLOSE
+
+
+def end(writer: asyncio.Transport) -> None:
+    if not writer.is_closing():
+        with suppress(OSError, RuntimeError):  # it was reset at this moment
+            writer.write_eof()
 
 
 def abort(transport: asyncio.Transport) -> None:
@@ -100,23 +141,21 @@ def abort(transport: asyncio.Transport) -> None:
 
 
 async def join(
-    loop: asyncio.AbstractEventLoop,
-    client: socket.socket,
-    backend: socket.socket,
-    on_close: Callable[[], None],
-) -> asyncio.Transport:
-    """Relay between two connected sockets; return the client's transport.
+    loop: asyncio.AbstractEventLoop, near: Half, client: socket.socket, backend: socket.socket
+) -> None:
+    """Relay between two connected sockets, ``near`` being the client's side.
 
-    ``on_close`` is called once, when the client's side has ended. The sockets belong to the relay
-    from the call on. Raises ``OSError``, after closing both, when one is lost meanwhile.
+    The sockets belong to the relay from the call on. Raises ``OSError``, after closing both.
     """
-    near, far = Half(on_close), Half()
+    far = Half()
     near.other, far.other = far, near
-    for sock in (client, backend):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    await loop.connect_accepted_socket(lambda: far, backend)
-    transport, _protocol = await loop.connect_accepted_socket(lambda: near, client)
-    return transport
+    try:
+        await loop.connect_accepted_socket(lambda: far, backend)
+        await loop.connect_accepted_socket(lambda: near, client)
+    except BaseException:
+        near.abort()
+        for half, sock in ((near, client), (far, backend)):
+            if half.transport is None:
+                sock.close()
+                half.connection_lost(None)
+        raise

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import logging
 import socket
 import struct
 from contextlib import suppress
@@ -19,7 +20,34 @@ IP_PKTINFO = 8
 SO_ATTACH_FILTER = 26
 SO_DETACH_FILTER = 27
 BACKLOG = 4096
+DATAGRAM_QUEUE = 4 << 20  # bytes; the default holds two datagrams of 64 KiB, or 277 small ones
+SO_RCVBUFFORCE = 33
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 300), (socket.TCP_KEEPINTVL, 30), (socket.TCP_KEEPCNT, 5))
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+RELIEF_SECONDS = 10.0  # without a shortage, until the next one is worth telling
+
+log = logging.getLogger(__name__)
+
+
+class Shortage:
+    """Tells that file descriptors have run out, and that there are enough again: once each."""
+
+    __slots__ = ("_last_at",)
+
+    def __init__(self) -> None:
+        self._last_at: float | None = None
+
+    def met(self, error: OSError, now: float, open_count: int) -> None:
+        if self._last_at is None:
+            fields = {"error": error.strerror, "open": open_count}
+            log.error("out of file descriptors: new connections wait", extra=fields)
+        self._last_at = now
+
+    def passed(self, now: float) -> None:
+        """Take in that a file descriptor was to be had."""
+        if self._last_at is not None and now - self._last_at > RELIEF_SECONDS:
+            self._last_at = None
+            log.info("enough file descriptors again")
 
 
 def listening(
@@ -52,10 +80,11 @@ def listening(
             attach_guard(sock, guard)
         if proto == "TCP":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(sock)  # the sockets that it accepts inherit this
             sock.bind((ip, port))
             sock.listen(BACKLOG)
         else:
+            enlarge_queue(sock)
             if wildcard:
                 ask_for_local_address(sock)
             sock.bind((ip, port))
@@ -63,6 +92,21 @@ def listening(
         sock.close()
         raise
     return sock
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Have the kernel notice a peer that is gone without a word."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def enlarge_queue(sock: socket.socket) -> None:
+    """Let more datagrams wait for us. Without root, as many as net.core.rmem_max allows."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, DATAGRAM_QUEUE)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DATAGRAM_QUEUE)
 
 
 def ask_for_local_address(sock: socket.socket) -> None:

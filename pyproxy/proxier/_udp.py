@@ -6,21 +6,26 @@ stale conntrack entries are deleted, so that a client with a fixed port follows 
 
 import asyncio
 import logging
+import resource
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from errno import EMSGSIZE
+from heapq import nsmallest
 from typing import Any
 
 from msgspec import Struct
 
-from pyproxy.balancer import Picker
+from pyproxy.balancer import NOBODY, Picker
 from pyproxy.model import Address, Forward
-from pyproxy.proxier._sockets import EXHAUSTED, IP_PKTINFO
+from pyproxy.proxier._sockets import EXHAUSTED, IP_PKTINFO, Shortage
 from pyproxy.rules.listeners import Listener, Surroundings, action_for
 
 DATAGRAMS_AT_ONCE = 64
 LARGEST = 65535
 SWEEP_SECONDS = 1.0
+STREAM_SECONDS = 2.0  # a flow that lives longer than an exchange of this length is a stream
+FLOW_SHARE = 4  # flows may take one in so many file descriptors: connections need some too
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +35,14 @@ Observe = Callable[[str], None]
 
 
 class IdleTimeouts(Struct, frozen=True):
-    """Seconds that a flow may be silent: before, and after, its backend has answered."""
+    """Seconds that a flow may be silent, as in connection tracking.
 
-    unreplied: float = 30.0
-    replied: float = 120.0
+    A flow is a stream when it is in use for some seconds and its backend has answered: one question
+    with one answer is not.
+    """
+
+    single: float = 30.0
+    stream: float = 120.0
 
 
 class UdpRelay:
@@ -49,7 +58,9 @@ class UdpRelay:
         self.surroundings = surroundings
         self.observe = observe
         self._timeouts = timeouts
-        self._flows: dict[int, Flow] = {}  # by identity, the longest silent first
+        self._flows: set[Flow] = set()
+        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // FLOW_SHARE
+        self.shortage = Shortage()
         self._sweep: asyncio.TimerHandle | None = None
 
     @property
@@ -57,29 +68,34 @@ class UdpRelay:
         return len(self._flows)
 
     def add(self, flow: "Flow") -> None:
-        self._flows[id(flow)] = flow
+        self._flows.add(flow)
+        if len(self._flows) > self._most:
+            self._close_oldest()
         if self._sweep is None:
             self._sweep = self.loop.call_later(SWEEP_SECONDS, self._expire)
 
     def discard(self, flow: "Flow") -> None:
-        self._flows.pop(id(flow), None)
+        self._flows.discard(flow)
 
-    def make_room(self) -> bool:
-        """Close the flow that was silent longest; False if there is none."""
-        oldest = min(self._flows.values(), key=lambda flow: flow.heard_at, default=None)
-        if oldest is None:
-            return False
-        oldest.close()
-        return True
+    def make_room(self, error: OSError) -> None:
+        """Give file descriptors back, because there are none."""
+        self.shortage.met(error, self.loop.time(), len(self._flows))
+        self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        """Close the flows that were silent longest; many at once, for finding them takes long."""
+        count = len(self._flows) // 16 + 1
+        for flow in nsmallest(count, self._flows, key=lambda flow: flow.heard_at):
+            flow.close()
 
     def close_all(self) -> None:
-        for flow in list(self._flows.values()):
+        for flow in list(self._flows):
             flow.close()
 
     def _expire(self) -> None:
         now = self.loop.time()
-        for flow in list(self._flows.values()):
-            limit = self._timeouts.replied if flow.replied else self._timeouts.unreplied
+        for flow in list(self._flows):
+            limit = self._timeouts.stream if flow.is_stream() else self._timeouts.single
             if now - flow.heard_at >= limit:
                 flow.close()
         self._sweep = self.loop.call_later(SWEEP_SECONDS, self._expire) if self._flows else None
@@ -88,26 +104,44 @@ class UdpRelay:
 class Flow:
     """The datagrams between one client and its backend."""
 
-    __slots__ = ("_front", "_key", "_sock", "backend", "heard_at", "replied")
+    __slots__ = (
+        "_born_at",
+        "_front",
+        "_key",
+        "_picker",
+        "_replied",
+        "_sock",
+        "backend",
+        "heard_at",
+    )
 
     def __init__(self, front: "UdpFront", key: Key, sock: socket.socket, backend: Address) -> None:
         self._front = front
         self._key = key
         self._sock = sock
+        self._picker = front.picker
+        self._replied = False
         self.backend = backend
-        self.replied = False
-        self.heard_at = front.relay.loop.time()
+        self._born_at = self.heard_at = front.relay.loop.time()
+        self._picker.opened(backend)
         front.relay.loop.add_reader(sock.fileno(), self._replies)
         front.relay.add(self)
 
-    def send(self, data: bytes) -> None:
+    def is_stream(self) -> bool:
+        return self._replied and self.heard_at - self._born_at > STREAM_SECONDS
+
+    def send(self, data: bytes) -> bool:
+        """Pass a datagram on; False, and the flow is closed, if its backend takes none."""
         self.heard_at = self._front.relay.loop.time()
         try:
             self._sock.send(data)
         except BlockingIOError:
             pass  # the queue is full: UDP loses it, as a network would
-        except OSError:
-            self.close()
+        except OSError as error:
+            if error.errno != EMSGSIZE:  # that is about this datagram only
+                self.close()
+                return False
+        return True
 
     def close(self) -> None:
         if self._front.flows.pop(self._key, None) is None:
@@ -115,7 +149,7 @@ class Flow:
         self._front.relay.discard(self)
         self._front.relay.loop.remove_reader(self._sock.fileno())
         self._sock.close()
-        self._front.picker.closed(self.backend)
+        self._picker.closed(self.backend)
         self._front.relay.observe("closed")
 
     def _replies(self) -> None:
@@ -127,7 +161,7 @@ class Flow:
             except OSError:  # port unreachable: the next datagram may find another backend
                 self.close()
                 return
-            self.replied = True
+            self._replied = True
             self.heard_at = self._front.relay.loop.time()
             self._front.reply(data, self._key)
 
@@ -196,22 +230,28 @@ class UdpFront:
                 log.debug("receive failed", extra={"error": str(error)})
                 continue
             self._by_local[local] = sock
-            flow = self.flows.get((peer, local)) or self._flow((peer, local))
+            self._pass_on(data, (peer, local))
+
+    def _pass_on(self, data: bytes, key: Key) -> None:
+        """Send to the backend of the flow. If that has refused an earlier datagram, to another."""
+        flow = self.flows.get(key) or self._flow(key)
+        if flow is not None and not flow.send(data):
+            flow = self._flow(key, avoid={flow.backend})
             if flow is not None:
                 flow.send(data)
 
-    def _flow(self, key: Key) -> Flow | None:
+    def _flow(self, key: Key, avoid: Collection[Address] = NOBODY) -> Flow | None:
         peer, _local = key
         action = action_for(self.listener.route, peer[0], self.relay.surroundings())
         if not isinstance(action, Forward):
             return None
-        backend = self.picker.pick(action.pool, peer[0], self.relay.loop.time())
+        backend = self.picker.pick(action.pool, peer[0], self.relay.loop.time(), avoid)
         sock = self._connected(backend)
         if sock is None:
             self.relay.observe("dial_failed")
             return None
+        self.relay.shortage.passed(self.relay.loop.time())
         flow = self.flows[key] = Flow(self, key, sock, backend)
-        self.picker.opened(backend)
         self.relay.observe("forwarded")
         return flow
 
@@ -219,13 +259,13 @@ class UdpFront:
         family = socket.AF_INET6 if ":" in backend.ip else socket.AF_INET
         for _ in range(2):
             try:
-                sock = socket.socket(family, socket.SOCK_DGRAM)
+                sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             except OSError as error:
-                if error.errno in EXHAUSTED and self.relay.make_room():
+                if error.errno in EXHAUSTED:
+                    self.relay.make_room(error)
                     continue
                 return None
             try:
-                sock.setblocking(False)
                 sock.connect(backend)
             except OSError:
                 sock.close()

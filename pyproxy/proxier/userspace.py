@@ -26,6 +26,7 @@ from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
 DRAIN_SECONDS = 5.0
+LEAVING_SECONDS = 2.0  # until a route that open connections kept is looked at again
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class Frontends:
         conntrack = env.config.conntrack
         defaults = IdleTimeouts()
         timeouts = IdleTimeouts(
-            conntrack.udp_timeout_seconds or defaults.unreplied,
-            conntrack.udp_stream_timeout_seconds or defaults.replied,
+            conntrack.udp_timeout_seconds or defaults.single,
+            conntrack.udp_stream_timeout_seconds or defaults.stream,
         )
         observe = env.observe
         self._tcp = TcpRelay(env.tasks, self._surroundings, partial(observe, "TCP"))
@@ -75,6 +76,7 @@ class Frontends:
         self._fronts = Fronts(env.family, self._tcp, self._udp)
         self._pickers: dict[ServicePortName, Picker] = {}
         self._local: set[Vip] = set()  # what has a route of ours
+        self._leaving: asyncio.TimerHandle | None = None  # for routes that are still in use
         self._vips: Vips | None = None
         self._unclaimed: Unclaimed | None = None
         env.host.on_change(self._look_around)
@@ -118,6 +120,8 @@ class Frontends:
 
     async def aclose(self) -> None:
         """Stop listening, give open connections a moment, and let go of the rest."""
+        if self._leaving is not None:
+            self._leaving.cancel()
         self._close(self._fronts.listeners())
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
@@ -178,16 +182,26 @@ class Frontends:
             frontend: f"{owners[frontend]}: {frontend}: {why}" for frontend, why in lost.items()
         }
 
-    def _unroute(self, gone: set[Vip]) -> None:
-        if not gone:
+    def _unroute(self, unwanted: set[Vip]) -> None:
+        """Remove these routes; one that open connections come by stays until they are over."""
+        if not unwanted:
             return
         assert self._vips is not None, "adopt comes before apply"
+        in_use = self._tcp.local_ips()
+        gone = {vip for vip in unwanted if vip.ip not in in_use}
         self._local -= gone
         self._vips.remove(gone, self._local)
         if self._unclaimed is not None:
             for vip in gone:
                 if vip == whole_address(vip.ip):
                     self._unclaimed.unwatch(vip.ip)
+        if gone != unwanted and self._leaving is None:
+            loop = asyncio.get_running_loop()
+            self._leaving = loop.call_later(LEAVING_SECONDS, self._look_at_leaving)
+
+    def _look_at_leaving(self) -> None:
+        self._leaving = None
+        self._unroute(self._local - self._wanted(self._fronts.held()).keys())
 
     def _close(self, frontends: Iterable[Frontend]) -> None:
         for frontend in frontends:
