@@ -1,6 +1,7 @@
 """What nf_tables answers, as values. No I/O."""
 
 import struct
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple, cast
@@ -35,6 +36,30 @@ class Generation(NamedTuple):
     id: int
     pid: int
     process: str
+
+
+class OwnRun:
+    """The latest generations in a row that were all made by this process.
+
+    The kernel numbers the states of all tables together: of a step from one to the next, only
+    who makes it knows whose it is.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # held from one reading of the number to the next
+        self._first = self._last = -1
+
+    def add(self, before: int, after: int) -> None:
+        if before != self._last:
+            self._first = before
+        self._last = after
+
+    def since(self, generation: int) -> int:
+        """Return the newest generation that nobody else had a part in since this one."""
+        return self._last if self._first <= generation <= self._last else generation
+
+
+OWN_RUN = OwnRun()  # the process's: the families have tables, and threads, of their own
 
 
 class Answer(NamedTuple):

@@ -6,7 +6,6 @@ owners may want (a shared chain, a cluster IP, a hairpin) are there while anybod
 
 import asyncio
 import errno
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -16,6 +15,7 @@ from pyproxy.model import ServicePortName
 from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nfpack import RuleForm, rule_form, set_form
+from pyproxy.proxier._nfread import OWN_RUN
 from pyproxy.reconcile import ApplyError
 from pyproxy.rules import nft_base
 from pyproxy.rules.nft import Chain, Element, Rule, Set, Table, packed_ip
@@ -56,30 +56,6 @@ class Messages:
         return packed
 
 
-class OwnRun:
-    """The latest generations in a row that were all made by this process.
-
-    The kernel numbers the states of all tables together: of a step from one to the next, only
-    who makes it knows whose it is.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()  # held from one reading of the number to the next
-        self._first = self._last = -1
-
-    def add(self, before: int, after: int) -> None:
-        if before != self._last:
-            self._first = before
-        self._last = after
-
-    def since(self, generation: int) -> int:
-        """Return the newest generation that nobody else had a part in since this one."""
-        return self._last if self._first <= generation <= self._last else generation
-
-
-_own_run = OwnRun()  # the process's: the families have tables, and threads, of their own
-
-
 class NfTarget:
     """Table ``pyproxy`` of one family."""
 
@@ -110,9 +86,9 @@ class NfTarget:
 
         None if it was never read, and while we write: whose the number is, is not known then.
         """
-        if self._read_at is None or _own_run.lock.locked():
+        if self._read_at is None or OWN_RUN.lock.locked():
             return None
-        return _own_run.since(self._read_at)
+        return OWN_RUN.since(self._read_at)
 
     async def adopt(self) -> Mapping[Item, Content]:
         """Read the table. What is not as it should be in its fixed part is mended by ``apply``."""
@@ -373,12 +349,12 @@ def element_of(key: bytes, content: Content) -> Element:
 
 def commit(nf: NfTables, messages: list[bytes]) -> None:
     """Carry out a transaction, and remember that the new generation is ours."""
-    with _own_run.lock:
+    with OWN_RUN.lock:
         before = nf.generation().id
         nf.commit(messages)
         after = nf.generation().id
         if after == before + 1:  # else somebody else's came in between
-            _own_run.add(before, after)
+            OWN_RUN.add(before, after)
 
 
 def delete_tables(tables: Iterable[Table]) -> None:
