@@ -35,6 +35,7 @@ class TcpRelay:
         self._surroundings = surroundings
         self._observe = observe
         self._open: set[Half] = set()
+        self._dialling: dict[socket.socket, str] = {}  # clients, and the address they came to
         self._idle = asyncio.Event()
         self._shortage = Shortage()
         self._starving = 0  # connections that wait for a file descriptor
@@ -53,7 +54,8 @@ class TcpRelay:
     def local_ips(self) -> set[str]:
         """Return the addresses of this side that clients of open connections talk to."""
         near = (half.transport for half in self._open)
-        return {side.get_extra_info("sockname")[0] for side in near if side is not None}
+        ips = {side.get_extra_info("sockname")[0] for side in near if side is not None}
+        return ips | set(self._dialling.values())
 
     def close_all(self) -> None:
         for relay in list(self._open):
@@ -88,6 +90,7 @@ class TcpRelay:
             return
         # A file descriptor for the backend, before the next client takes it.
         spare = self._socket(ip)
+        self._dialling[client] = client.getsockname()[0]
         self._tasks.create_task(self._serve(client, spare, ip, front), name="connection")
 
     def _refused(self, error: OSError) -> None:
@@ -106,6 +109,14 @@ class TcpRelay:
             self.listen(sock, front)
 
     async def _serve(
+        self, client: socket.socket, spare: socket.socket | None, ip: str, front: "TcpFront"
+    ) -> None:
+        try:
+            await self._forward(client, spare, ip, front)
+        finally:
+            self._dialling.pop(client, None)
+
+    async def _forward(
         self, client: socket.socket, spare: socket.socket | None, ip: str, front: "TcpFront"
     ) -> None:
         try:

@@ -10,6 +10,7 @@ import pytest
 
 from pyproxy.config import Config, IPTables
 from pyproxy.model import Address
+from pyproxy.proxier import userspace
 from tests.netns.node import (
     LOOPBACK,
     NODE_IP,
@@ -227,6 +228,25 @@ async def test_an_open_connection_outlives_its_endpoint_and_its_service(family):
         writer.write_eof()
         assert await reader.read() == b"a still here"
         writer.close()
+
+
+@both
+async def test_an_open_connection_outlives_the_address_it_came_by(family, monkeypatch):
+    monkeypatch.setattr(userspace, "LEAVING_SECONDS", 0.05)
+    async with Backend(family, "a") as a, proxied(family) as node:
+        await node.service("web", 1)
+        await node.endpoints("web", a.address)
+        reader, writer = await node.connect(node.vip(1))
+        await asyncio.sleep(0.05)  # in the backlog it is not ours yet
+        await node.service("web", 2)
+        assert await node.ask(node.vip(2)) == b"a ?"
+        assert await outcome(node.ask(node.vip(1))) == "silence", "it is nobody's any more"
+        writer.write(b"still here")
+        writer.write_eof()
+        assert await reader.read() == b"a still here"
+        writer.close()
+        await asyncio.sleep(SILENCE)
+        assert "unreachable" in (await outcome(node.ask(node.vip(1)))).lower()
 
 
 async def test_a_reset_is_passed_on_both_ways():
