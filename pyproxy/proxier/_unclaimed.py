@@ -7,6 +7,7 @@ Documentation/bpf/prog_sk_lookup.rst; kernel 5.9 or newer and CAP_BPF with CAP_N
 """
 
 import ctypes
+import errno
 import os
 import platform
 import socket
@@ -185,7 +186,10 @@ def load(program: bytes) -> int:
         "=IIQQIIQII16sII", PROG_TYPE_SK_LOOKUP, len(program) // 8, ctypes.addressof(buffer),
         ctypes.addressof(licence), 0, 0, 0, 0, 0, b"pyproxy", 0, ATTACH_SK_LOOKUP,
     )  # fmt: skip
-    return bpf(PROG_LOAD, attributes)
+    for _attempt in range(5):  # a signal that is pending stops the verifier
+        with suppress(BlockingIOError):
+            return bpf(PROG_LOAD, attributes)
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def update(map_fd: int, key: bytes, value: bytes) -> None:
