@@ -13,6 +13,7 @@ NETLINK_ROUTE = 0
 SOL_NETLINK = 270
 NETLINK_CAP_ACK = 10
 NETLINK_GET_STRICT_CHK = 12
+SO_RCVBUFFORCE = 33
 
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
@@ -44,11 +45,20 @@ class Netlink:
     The kernel answers while it is being asked, so that nothing here waits for anybody.
     """
 
-    def __init__(self, protocol: int = NETLINK_ROUTE) -> None:
+    def __init__(
+        self,
+        protocol: int = NETLINK_ROUTE,
+        *,
+        batch: int = BATCH,
+        receive_buffer: int | None = None,  # larger than the system allows everybody
+    ) -> None:
+        self._batch = batch
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
         self._socket.bind((0, 0))
         self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
         self._socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
+        if receive_buffer is not None:
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, receive_buffer)
         self._sequence = 0
 
     def close(self) -> None:
@@ -57,8 +67,8 @@ class Netlink:
     def carry_out(self, messages: Sequence[Message]) -> list[int]:
         """Send all messages; return an errno for each, 0 for success. One does not stop another."""
         results: list[int] = []
-        for start in range(0, len(messages), BATCH):
-            results += self._exchange(messages[start : start + BATCH])
+        for start in range(0, len(messages), self._batch):
+            results += self._exchange(messages[start : start + self._batch])
         return results
 
     def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
@@ -74,20 +84,22 @@ class Netlink:
                 yield payload
 
     def _exchange(self, messages: Sequence[Message]) -> list[int]:
+        """Only the last request is acknowledged; failures are reported without being asked for."""
         first = self._sequence + 1
-        self._sequence += len(messages)
-        self._socket.send(
-            b"".join(
-                packed(m.kind, m.flags | NLM_F_REQUEST | NLM_F_ACK, first + index, m.body)
-                for index, m in enumerate(messages)
-            )
-        )
+        self._sequence = last = self._sequence + len(messages)
+        batch = [
+            packed(m.kind, m.flags | NLM_F_REQUEST, sequence, m.body)
+            for sequence, m in enumerate(messages[:-1], first)
+        ]
+        end = messages[-1]
+        batch.append(packed(end.kind, end.flags | NLM_F_REQUEST | NLM_F_ACK, last, end.body))
+        self._socket.send(b"".join(batch))
         verdicts: dict[int, int] = {}
-        while len(verdicts) < len(messages):
+        while last not in verdicts:
             for answer, sequence, payload in self._receive():
-                if answer == NLMSG_ERROR and first <= sequence <= self._sequence:
+                if answer == NLMSG_ERROR and first <= sequence <= last:
                     verdicts[sequence] = -struct.unpack_from("=i", payload)[0]
-        return [verdicts[first + index] for index in range(len(messages))]
+        return [verdicts.get(sequence, 0) for sequence in range(first, last + 1)]
 
     def _receive(self) -> Iterator[tuple[int, int, bytes]]:
         data = self._socket.recv(1 << 17)

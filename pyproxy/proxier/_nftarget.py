@@ -8,10 +8,10 @@ import asyncio
 import errno
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from pyproxy.delta import Delta
-from pyproxy.model import ServicePortName
+from pyproxy.model import Family, ServicePortName
 from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nfpack import RuleForm, rule_form, set_form
@@ -26,6 +26,18 @@ IN_A_THREAD = 2000  # items: fewer are written before a thread would have starte
 K = TypeVar("K")
 V = TypeVar("V")
 NODE_PORT_IPS = "node-port-ips"
+
+
+class Base(Protocol):
+    """The fixed part of a table: a module."""
+
+    @property
+    def CHAINS(self) -> tuple[Chain, ...]: ...
+    def table(self, family: Family) -> Table: ...
+    def sets(self, family: Family) -> tuple[Set, ...]: ...
+    def rules(self, ruleset: Ruleset) -> tuple[Rule, ...]: ...
+
+
 Forms = tuple[RuleForm, ...]
 
 
@@ -57,18 +69,22 @@ class Messages:
 
 
 class NfTarget:
-    """Table ``pyproxy`` of one family."""
+    """A table of one family; ``base`` is its fixed part."""
 
     def __init__(
-        self, ruleset: Callable[[], Ruleset], on_drift: Callable[[int], None] = lambda count: None
+        self,
+        ruleset: Callable[[], Ruleset],
+        on_drift: Callable[[int], None] = lambda count: None,
+        base: Base = nft_base,
     ) -> None:
         """``ruleset`` returns what the fixed part shall be at that moment.
 
         ``on_drift`` hears how many things somebody else has changed, when that is found out.
         """
         self._ruleset = ruleset
+        self._base = base
         self._on_drift = on_drift
-        self._table = nft_base.table(ruleset().family)
+        self._table = self._base.table(ruleset().family)
         self._nf: NfTables | None = None
         self._held = Held()
         self._users: dict[tuple[str, bytes | str], set[ServicePortName | None]] = {}
@@ -146,8 +162,8 @@ class NfTarget:
         self._read_at = nf.generation().id
         chains = {chain.name: chain for chain in nf.chains(table)}
         sets = nf.sets(table)
-        sound = all(chains.get(c.name) == c for c in nft_base.CHAINS) and all(
-            sets.get(s.name) == set_form(table, s) for s in nft_base.sets(table.family)
+        sound = all(chains.get(c.name) == c for c in self._base.CHAINS) and all(
+            sets.get(s.name) == set_form(table, s) for s in self._base.sets(table.family)
         )
         if not sound:
             self._fixed = self._from_nothing(ruleset)
@@ -156,11 +172,11 @@ class NfTarget:
         for rule in nf.rules(table):
             forms[rule.form.chain].append(rule.form)
         self._fixed = self._mended(ruleset, forms)
-        fixed = {chain.name for chain in nft_base.CHAINS}
+        fixed = {chain.name for chain in self._base.CHAINS}
         self._held.chains = {n: tuple(f) for n, f in forms.items() if n not in fixed}
         self._held.affinity_sets = {n: f for n, f in sets.items() if n.startswith("affinity-")}
         items: dict[Item, Content] = {}
-        for a_set in nft_base.sets(table.family):
+        for a_set in self._base.sets(table.family):
             if a_set.name != NODE_PORT_IPS:
                 items |= self._read_elements(nf, a_set.name)
         for name in self._held.chains:
@@ -182,15 +198,15 @@ class NfTarget:
         """Return the fixed part as messages; a table of this name goes in the same moment."""
         table = self._table
         messages = [pack.new_table(table), pack.delete_table(table), pack.new_table(table)]
-        messages += [pack.new_set(table, a_set) for a_set in nft_base.sets(table.family)]
-        messages += [pack.new_chain(table, chain) for chain in nft_base.CHAINS]
-        messages += [pack.new_rule(table, rule) for rule in nft_base.rules(ruleset)]
+        messages += [pack.new_set(table, a_set) for a_set in self._base.sets(table.family)]
+        messages += [pack.new_chain(table, chain) for chain in self._base.CHAINS]
+        messages += [pack.new_rule(table, rule) for rule in self._base.rules(ruleset)]
         return messages + self._node_port_ips(ruleset, [])
 
     def _mended(self, ruleset: Ruleset, forms: Mapping[str, list[RuleForm]]) -> list[bytes]:
         """Return messages for the fixed chains whose rules are not as they should be."""
-        wanted: dict[str, list[Rule]] = {chain.name: [] for chain in nft_base.CHAINS}
-        for rule in nft_base.rules(ruleset):
+        wanted: dict[str, list[Rule]] = {chain.name: [] for chain in self._base.CHAINS}
+        for rule in self._base.rules(ruleset):
             wanted[rule.chain].append(rule)
         messages: list[bytes] = []
         for name, rules in wanted.items():

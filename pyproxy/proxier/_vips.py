@@ -27,13 +27,17 @@ RTN_LOCAL = 2
 RT_SCOPE_HOST = 254
 RT_TABLE_LOCAL = 255
 RTPROT_PYPROXY = 98
+RTPROT_IPVS = 99  # of mode ipvs, whose routes must outlive the clean-up after another mode
 RULE_PRIORITY = 98  # after the table of the node's own addresses, before all others
 FR_ACT_TO_TABLE = 1
-RTA_DST, RTA_OIF, RTA_PREFSRC, RTA_TABLE = 1, 4, 7, 15
+RTA_DST, RTA_OIF, RTA_PRIORITY, RTA_PREFSRC, RTA_TABLE = 1, 4, 6, 7, 15
 FRA_PRIORITY, FRA_TABLE, FRA_PROTOCOL, FRA_IP_PROTO, FRA_DPORT_RANGE = 6, 15, 21, 22, 24
 ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg, and struct fib_rule_hdr has the same form
-PORT_TABLES = 0x62000000  # | protocol << 16 | port: a table of our own for each
-PROTOCOLS: Mapping[Proto, int] = {"TCP": socket.IPPROTO_TCP, "UDP": socket.IPPROTO_UDP}
+PROTOCOLS: Mapping[Proto, int] = {
+    "TCP": socket.IPPROTO_TCP,
+    "UDP": socket.IPPROTO_UDP,
+    "SCTP": socket.IPPROTO_SCTP,
+}
 
 
 class Vip(NamedTuple):
@@ -47,14 +51,28 @@ def whole_address(ip: str) -> Vip:
     return Vip(ip, RT_TABLE_LOCAL)
 
 
-def one_port(frontend: Frontend) -> Vip:
-    return Vip(frontend.ip, PORT_TABLES | PROTOCOLS[frontend.proto] << 16 | frontend.port)
+def one_port(frontend: Frontend, mark: int = RTPROT_PYPROXY) -> Vip:
+    """Return the address with a table of our own for each protocol and port."""
+    return Vip(frontend.ip, mark << 24 | PROTOCOLS[frontend.proto] << 16 | frontend.port)
+
+
+def frontend_of(vip: Vip) -> Frontend | None:
+    """Return what ``one_port`` was given; None for a whole address."""
+    if vip.table == RT_TABLE_LOCAL:
+        return None
+    number = vip.table >> 16 & 0xFF
+    proto = next((name for name, n in PROTOCOLS.items() if n == number), None)
+    return Frontend(vip.ip, vip.table & 0xFFFF, proto) if proto else None
 
 
 class Vips:
-    """The local routes of one family that are ours, and the rules that lead to their tables."""
+    """The local routes of one family that are ours, and the rules that lead to their tables.
 
-    def __init__(self, family: Family, source: str | None) -> None:
+    ``mark`` is the routing protocol that tells that they are.
+    """
+
+    def __init__(self, family: Family, source: str | None, *, mark: int = RTPROT_PYPROXY) -> None:
+        self._mark = mark
         self._family = socket.AF_INET if family == 4 else socket.AF_INET6
         self._bits = 32 if family == 4 else 128
         self._source = source
@@ -74,7 +92,7 @@ class Vips:
             values = dict(attributes(body, ROUTE.size))
             if RTA_TABLE in values:
                 table = struct.unpack("=I", values[RTA_TABLE])[0]
-            if bits == self._bits and protocol == RTPROT_PYPROXY and RTA_DST in values:
+            if bits == self._bits and protocol == self._mark and RTA_DST in values:
                 found.add(Vip(socket.inet_ntop(self._family, values[RTA_DST]), table))
         return found
 
@@ -130,7 +148,7 @@ class Vips:
         tables: set[int] = set()
         for body in self._netlink.dump(RTM_GETRULE, ROUTE.pack(self._family, *[0] * 8)):
             values = dict(attributes(body, ROUTE.size))
-            if values.get(FRA_PROTOCOL) == bytes([RTPROT_PYPROXY]) and FRA_TABLE in values:
+            if values.get(FRA_PROTOCOL) == bytes([self._mark]) and FRA_TABLE in values:
                 tables.add(struct.unpack("=I", values[FRA_TABLE])[0])
         return tables
 
@@ -139,7 +157,7 @@ class Vips:
         body = ROUTE.pack(self._family, 0, 0, 0, 0, 0, 0, FR_ACT_TO_TABLE, 0)
         body += attr(FRA_PRIORITY, struct.pack("=I", RULE_PRIORITY))
         body += attr(FRA_TABLE, struct.pack("=I", table))
-        body += attr(FRA_PROTOCOL, bytes([RTPROT_PYPROXY]))
+        body += attr(FRA_PROTOCOL, bytes([self._mark]))
         body += attr(FRA_IP_PROTO, bytes([protocol]))
         body += attr(FRA_DPORT_RANGE, struct.pack("=HH", port, port))
         return Message(kind, NLM_F_CREATE | NLM_F_EXCL if kind == RTM_NEWRULE else 0, body)
@@ -149,6 +167,8 @@ class Vips:
         body += attr(RTA_DST, socket.inet_pton(self._family, vip.ip))
         body += attr(RTA_TABLE, struct.pack("=I", vip.table))
         body += attr(RTA_OIF, struct.pack("=I", self._loopback))
+        if self._mark != RTPROT_PYPROXY:  # another metric: the same address may be both modes'
+            body += attr(RTA_PRIORITY, struct.pack("=I", self._mark))
         if source is not None:
             body += attr(RTA_PREFSRC, socket.inet_pton(self._family, source))
         return body
@@ -156,4 +176,4 @@ class Vips:
     def _header(self, bits: int) -> bytes:
         scope = RT_SCOPE_HOST if bits and self._family == socket.AF_INET else 0
         kind = RTN_LOCAL if bits else 0
-        return ROUTE.pack(self._family, bits, 0, 0, 0, RTPROT_PYPROXY, scope, kind, 0)
+        return ROUTE.pack(self._family, bits, 0, 0, 0, self._mark, scope, kind, 0)

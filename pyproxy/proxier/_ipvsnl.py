@@ -1,0 +1,206 @@
+"""The virtual servers of this network namespace, over generic netlink. Linux: ip_vs_ctl.c."""
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from pyproxy.model import Address, Family, Frontend, Proto
+from pyproxy.proxier._netlink import Message, Netlink, attribute, attributes
+from pyproxy.rules.ipvs import Destination, Server
+from pyproxy.rules.nft import PROTO_NUMBERS, packed_ip
+
+NETLINK_GENERIC = 16
+CONTROLLER, GETFAMILY = 16, 3
+FAMILY_ID, FAMILY_NAME = 1, 2
+NAME = b"IPVS\0"
+
+NEW_SERVICE, SET_SERVICE, DEL_SERVICE, GET_SERVICE = 1, 2, 3, 4
+NEW_DEST, SET_DEST, DEL_DEST, GET_DEST = 5, 6, 7, 8
+SET_CONFIG = 12
+SERVICE, DEST, TIMEOUT_TCP, TIMEOUT_TCP_FIN, TIMEOUT_UDP = 1, 2, 4, 5, 6
+AF, PROTOCOL, ADDR, PORT, FWMARK, SCHEDULER, FLAGS, TIMEOUT, NETMASK = range(1, 10)
+D_ADDR, D_PORT, D_METHOD, D_WEIGHT, D_UPPER, D_LOWER, D_ACTIVE, D_INACTIVE = range(1, 9)
+PERSISTENT = 0x1
+# The third flag that schedulers may give a meaning to, and none does: it tells, in the kernel
+# itself, which virtual servers are ours.
+OURS = 0x20
+AT_ONCE = 512  # messages of one send
+
+GENERIC = struct.Struct("=BBH")
+U32 = struct.Struct("=I")
+# Attribute DEST in one go, for they are most of all messages: each attribute's length and kind.
+DEST_PLACE = struct.Struct("=HH HH16s HH2s2x")
+DEST_WHOLE = struct.Struct("=HH HH16s HH2s2x HHI HHI HHI HHI")
+AFS: Mapping[Family, int] = {4: socket.AF_INET, 6: socket.AF_INET6}
+PROTOS: Mapping[int, Proto] = {number: proto for proto, number in PROTO_NUMBERS.items()}
+ANY_HOST: Mapping[Family, int] = {4: 0xFFFFFFFF, 6: 128}  # a netmask, and a prefix length
+
+
+class Busy(NamedTuple):
+    """A destination as it is."""
+
+    weight: int
+    active: int
+    inactive: int  # closed, or half closed
+
+
+class Request(NamedTuple):
+    """One change, and what it is about, for who reads that it failed."""
+
+    command: int
+    subject: Frontend | Destination
+    content: Server | int | None  # None: it shall be gone
+    body: bytes
+
+
+class Ipvs:
+    """A connection to ip_vs. Raises ``OSError`` where the kernel has none, or has no right."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._netlink = Netlink(NETLINK_GENERIC, batch=AT_ONCE, receive_buffer=1 << 21)
+        try:
+            self._id = self._family_id()
+        except OSError:
+            self._netlink.close()
+            raise
+
+    def close(self) -> None:
+        self._netlink.close()
+
+    def carry_out(self, requests: Sequence[Request]) -> list[tuple[Request, int]]:
+        """Make all changes; return those that failed, each with its errno."""
+        heads = [GENERIC.pack(command, 1, 0) for command in range(GET_DEST)]
+        messages = [Message(self._id, 0, heads[r.command] + r.body) for r in requests]
+        codes = self._netlink.carry_out(messages)
+        return [(request, code) for request, code in zip(requests, codes, strict=True) if code]
+
+    def servers(self, *, ours: bool = True) -> dict[Frontend, Server]:
+        """Return the virtual servers of this family that are ours, or those that are not."""
+        found: dict[Frontend, Server] = {}
+        for values in self._dump(GET_SERVICE, b"", SERVICE):
+            flags = U32.unpack_from(values.get(FLAGS, bytes(8)))[0]
+            proto = PROTOS.get(_u16(values.get(PROTOCOL)))
+            if proto and bool(flags & OURS) == ours and _u16(values.get(AF)) == AFS[self._family]:
+                seconds = U32.unpack(values[TIMEOUT])[0] if flags & PERSISTENT else None
+                frontend = Frontend(self._ip(values[ADDR]), _port(values[PORT]), proto)
+                name = values[SCHEDULER].rstrip(b"\0").decode()
+                found[frontend] = Server(name, seconds)
+        return found
+
+    def destinations(self, server: Frontend) -> dict[Address, Busy]:
+        """Return the destinations of a virtual server; none if there is no such server."""
+        found: dict[Address, Busy] = {}
+        for values in self._dump(GET_DEST, nested_place(server), DEST):
+            address = Address(self._ip(values[D_ADDR]), _port(values[D_PORT]))
+            numbers = (values[kind] for kind in (D_WEIGHT, D_ACTIVE, D_INACTIVE))
+            found[address] = Busy(*(U32.unpack(number)[0] for number in numbers))
+        return found
+
+    def set_timeouts(self, tcp: int, tcp_fin: int, udp: int) -> None:
+        """Set the times after which idle connections are forgotten; 0 leaves the kernel's."""
+        body = GENERIC.pack(SET_CONFIG, 1, 0)
+        for kind, seconds in ((TIMEOUT_TCP, tcp), (TIMEOUT_TCP_FIN, tcp_fin), (TIMEOUT_UDP, udp)):
+            body += attribute(kind, U32.pack(seconds))
+        self._must(Message(self._id, 0, body))
+
+    def _dump(self, command: int, body: bytes, wanted: int) -> Iterator[dict[int, bytes]]:
+        for answer in self._netlink.dump(self._id, GENERIC.pack(command, 1, 0) + body):
+            for kind, value in attributes(answer, GENERIC.size):
+                if kind & 0x3FFF == wanted:
+                    yield {k & 0x3FFF: v for k, v in attributes(value, 0)}
+
+    def _family_id(self) -> int:
+        body = GENERIC.pack(GETFAMILY, 1, 0)
+        self._must(Message(CONTROLLER, 0, body + attribute(FAMILY_NAME, NAME)))  # loads the module
+        for answer in self._netlink.dump(CONTROLLER, body):
+            values = dict(attributes(answer, GENERIC.size))
+            if values.get(FAMILY_NAME) == NAME:
+                return _u16(values[FAMILY_ID])
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def _must(self, message: Message) -> None:
+        (code,) = self._netlink.carry_out([message])
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    def _ip(self, data: bytes) -> str:
+        return socket.inet_ntop(AFS[self._family], data[: 4 if self._family == 4 else 16])
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+def new_server(frontend: Frontend, server: Server) -> Request:
+    return Request(NEW_SERVICE, frontend, server, _server(frontend, server))
+
+
+def set_server(frontend: Frontend, server: Server) -> Request:
+    return Request(SET_SERVICE, frontend, server, _server(frontend, server))
+
+
+def delete_server(frontend: Frontend) -> Request:
+    return Request(DEL_SERVICE, frontend, None, nested_place(frontend))
+
+
+def new_destination(destination: Destination, weight: int) -> Request:
+    return Request(NEW_DEST, destination, weight, _destination(destination, weight))
+
+
+def set_destination(destination: Destination, weight: int) -> Request:
+    return Request(SET_DEST, destination, weight, _destination(destination, weight))
+
+
+def delete_destination(destination: Destination) -> Request:
+    return Request(DEL_DEST, destination, None, _destination(destination, None))
+
+
+@lru_cache(maxsize=1024)
+def nested_place(frontend: Frontend) -> bytes:
+    return attribute(SERVICE, place(frontend))
+
+
+def place(frontend: Frontend) -> bytes:
+    """Return the attributes that say which virtual server is meant."""
+    family: Family = 6 if ":" in frontend.ip else 4
+    return (
+        attribute(AF, struct.pack("=H", AFS[family]))
+        + attribute(PROTOCOL, struct.pack("=H", PROTO_NUMBERS[frontend.proto]))
+        + attribute(ADDR, packed_ip(frontend.ip).ljust(16, b"\0"))
+        + attribute(PORT, struct.pack(">H", frontend.port))
+    )
+
+
+def _server(frontend: Frontend, server: Server) -> bytes:
+    family: Family = 6 if ":" in frontend.ip else 4
+    flags = OURS | (0 if server.affinity_seconds is None else PERSISTENT)
+    body = place(frontend) + attribute(SCHEDULER, server.scheduler.encode() + b"\0")
+    body += attribute(FLAGS, struct.pack("=II", flags, 0xFFFFFFFF))
+    body += attribute(TIMEOUT, U32.pack(server.affinity_seconds or 0))
+    return attribute(SERVICE, body + attribute(NETMASK, U32.pack(ANY_HOST[family])))
+
+
+def _destination(destination: Destination, weight: int | None) -> bytes:
+    ip, port = destination.address
+    head = nested_place(destination.server)
+    where = (20, D_ADDR, packed_ip(ip), 6, D_PORT, port.to_bytes(2, "big"))
+    if weight is None:
+        return head + DEST_PLACE.pack(DEST_PLACE.size, DEST, *where)
+    masquerading, unlimited = 0, 0
+    return head + DEST_WHOLE.pack(
+        DEST_WHOLE.size, DEST, *where,
+        8, D_METHOD, masquerading, 8, D_WEIGHT, weight,
+        8, D_UPPER, unlimited, 8, D_LOWER, unlimited,
+    )  # fmt: skip
+
+
+def _u16(data: bytes | None) -> int:
+    return int(struct.unpack("=H", data)[0]) if data else 0
+
+
+def _port(data: bytes) -> int:
+    return int.from_bytes(data, "big")

@@ -1,0 +1,170 @@
+"""Proxy mode ``ipvs``: the kernel's virtual servers carry the traffic, over netlink.
+
+Table ``pyproxy-ipvs`` of nf_tables does what they cannot: see ``rules/ipvs.py``.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from ipaddress import ip_address
+
+from pyproxy.config import Config, local_cidr, masquerade_all, networks_of, node_port_cidrs
+from pyproxy.host import Snapshot
+from pyproxy.model import Family, Network, PortPlan
+from pyproxy.proxier import Env
+from pyproxy.proxier._ipvsnl import Ipvs
+from pyproxy.proxier._ipvstarget import IpvsTarget, delete_all
+from pyproxy.proxier._kubeipvs import DEVICE, remove_leftovers
+from pyproxy.proxier._nfaudit import Audit, why_no_tables
+from pyproxy.proxier._nfnetlink import NfError
+from pyproxy.proxier._nftarget import NfTarget, delete_tables
+from pyproxy.proxier._sysctls import apply
+from pyproxy.proxier._tracked import Tracked, set_limits
+from pyproxy.proxier._vips import RTPROT_IPVS, Vips
+from pyproxy.reconcile import Proxier, Reconciler
+from pyproxy.rules import ipvs_base
+from pyproxy.rules import nftables as table_rules
+from pyproxy.rules.ipvs import Content, Items, Key, Ruleset, compile_owner
+
+SYSCTLS = {
+    "net/ipv4/vs/conntrack": 1,  # else nothing is masqueraded
+    "net/ipv4/vs/expire_nodest_conn": 1,
+    "net/ipv4/vs/expire_quiescent_template": 1,  # clients leave a backend of weight 0
+    "net/ipv4/ip_forward": 1,
+}
+SLICE = 50  # virtual servers whose destinations are compared at once
+PAUSE_SECONDS = 0.2
+STRICT_ARP = {"net/ipv4/conf/all/arp_ignore": 1, "net/ipv4/conf/all/arp_announce": 2}
+NO_SOURCE = ("127.", "fe80:")
+
+
+def unsupported() -> str | None:
+    try:
+        Ipvs(4).close()
+    except OSError as error:
+        return f"the kernel has no ip_vs ({error.strerror})"
+    return why_no_tables()
+
+
+def prepare(config: Config) -> tuple[str, ...]:
+    unset = set_limits(config)
+    sysctls = SYSCTLS | (STRICT_ARP if config.ipvs.strict_arp else {})
+    seconds = (
+        config.ipvs.tcp_timeout_seconds,
+        config.ipvs.tcp_fin_timeout_seconds,
+        config.ipvs.udp_timeout_seconds,
+    )
+    try:
+        ipvs = Ipvs(4)  # the sysctls are there only from then on
+        try:
+            if any(seconds):
+                ipvs.set_timeouts(*map(int, seconds))
+        finally:
+            ipvs.close()
+    except OSError as error:
+        unset += (f"cannot set the timeouts of ip_vs: {error.strerror}",)
+    return unset + tuple(str(problem) for problem in apply(sysctls))
+
+
+def build(env: Env) -> Proxier:
+    rulesets = Rulesets(env)
+    changes = Audit(env, rulesets.current, ipvs_base.TABLE_NAME)
+    table = NfTarget(lambda: rulesets.current().table, changes.found, ipvs_base)
+    target = IpvsTarget(env.family, table, env.clock, partial(connect, env))
+    env.host.on_change(changes.look_around)
+    env.tasks.create_task(target.drain(), name=f"drain IPv{env.family}")
+    env.tasks.create_task(changes.run(table), name=f"audit table IPv{env.family}")
+    env.tasks.create_task(audit(env, target), name=f"audit servers IPv{env.family}")
+    return Tracked(Reconciler("ipvs", env.family, rulesets.compiled, target, env.clock), env)
+
+
+def connect(env: Env) -> tuple[Ipvs, Vips]:
+    return Ipvs(env.family), Vips(env.family, source_of(env), mark=RTPROT_IPVS)
+
+
+async def cleanup(family: Family, *, ours: bool = True) -> str | None:
+    """Delete what kube-proxy left, and our virtual servers, routes and table."""
+    try:
+        await asyncio.to_thread(remove_leftovers, family)
+        if ours:
+            await asyncio.to_thread(delete_tables, [ipvs_base.table(family)])
+            await asyncio.to_thread(delete_all, family)
+    except (NfError, OSError) as error:
+        return str(error)
+    return None
+
+
+class Rulesets:
+    """What the items depend on besides the plan: made again when the node's addresses change."""
+
+    def __init__(self, env: Env) -> None:
+        self._env = env
+        self._snapshot: Snapshot | None = None
+        self._cidrs: tuple[str, ...] = ()
+        self._ruleset: Ruleset | None = None
+
+    def current(self) -> Ruleset:
+        snapshot, cidrs = self._env.host.snapshot, self._env.service_cidrs()
+        if self._ruleset is None or (snapshot, cidrs) != (self._snapshot, self._cidrs):
+            self._snapshot, self._cidrs = snapshot, cidrs
+            self._ruleset = ruleset_for(self._env)
+        return self._ruleset
+
+    def compiled(self, port: PortPlan, before: Mapping[Key, Content]) -> Items:
+        return compile_owner(self.current(), port, before)
+
+
+def ruleset_for(env: Env) -> Ruleset:
+    config = env.config
+    node_ips = node_port_ips(env)
+    table = table_rules.Ruleset(
+        family=env.family,
+        mark=1 << config.iptables.masquerade_bit,
+        pods=pods_of(env),
+        masquerade_all=masquerade_all(config, "ipvs"),
+        node_port_ips=node_ips,
+        service_cidrs=networks_of(sorted(env.service_cidrs()), env.family),
+    )
+    return Ruleset(table, node_ips, config.ipvs.scheduler or "rr")
+
+
+def pods_of(env: Env) -> Network | str | None:
+    match env.config.detect_local_mode:
+        case "BridgeInterface":
+            return env.config.detect_local.bridge_interface
+        case "InterfaceNamePrefix":
+            return f"{env.config.detect_local.interface_name_prefix}*"
+        case _:
+            return local_cidr(env.config, env.family, env.node)
+
+
+def node_port_ips(env: Env) -> tuple[str, ...]:
+    """Return the node's addresses that serve node ports: no loopback, nor of a link only."""
+    kept = {(name, ip) for name, ip in env.host.snapshot.addresses if name != DEVICE}
+    snapshot = Snapshot(frozenset(kept))
+    ranges = node_port_cidrs(env.config, env.family, env.node_ips)
+    own = snapshot.ips(env.family) if ranges is None else snapshot.ips_in(env.family, ranges)
+    addresses = (ip_address(ip) for ip in sorted(own))
+    return tuple(str(ip) for ip in addresses if not ip.is_loopback and not ip.is_link_local)
+
+
+def source_of(env: Env) -> str | None:
+    """Return the address that the node's own connections to Services come from."""
+    own = {ip for ip in env.host.snapshot.ips(env.family) if not ip.startswith(NO_SOURCE)}
+    preferred = [ip for ip in env.node_ips if ip in own]
+    return next(iter(preferred + sorted(own)), None)
+
+
+async def audit(env: Env, target: IpvsTarget) -> None:
+    """Have everything written anew when virtual servers are not as we left them, for ever."""
+    while True:
+        await asyncio.sleep(env.config.ipvs.sync_period_seconds)
+        with suppress(OSError):  # the next sync will say so
+            count = await target.differing_servers()
+            for first in range(0, target.server_count, SLICE):
+                count += await target.differing_destinations(first, SLICE)
+                await asyncio.sleep(PAUSE_SECONDS)
+            if count:
+                env.drifted("ip_vs", count, "somebody")
+                env.resync()

@@ -1,0 +1,231 @@
+"""What mode ipvs keeps for a plan: virtual servers, local addresses, and items of a small table.
+
+A virtual server is for one address, protocol and port, and has the backends of connections from
+beyond the cluster, or of the cluster IP: those that most connections come for. What no virtual
+server can do is for table ``pyproxy-ipvs``: to refuse, drop, guard and masquerade; and where pods
+and the node reach more backends than strangers, it picks for them as mode nftables does.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, cast
+
+from msgspec import Struct
+
+from pyproxy.model import (
+    Address,
+    Frontend,
+    Pool,
+    PortPlan,
+    Route,
+    Scheduler,
+    ServicePortName,
+)
+from pyproxy.rules import nftables
+from pyproxy.rules.nft import Element, Rule, SetMark, Verdict, packed_ip
+from pyproxy.rules.nft_affinity import CHAIN, Entrance
+from pyproxy.rules.nft_affinity import Content as TableContent
+from pyproxy.rules.nftables import (
+    NODE_PORT,
+    PRESENT,
+    SERVICE,
+    Item,
+    Place,
+    frontend_key,
+    guarded,
+    hairpin_key,
+    local_backends,
+    local_only,
+    masquerades,
+    numbered_endpoints,
+    pool_entrance,
+    pool_of,
+    refusal,
+)
+
+SERVED = "served"  # a set: the frontends that virtual servers serve
+
+
+class Server(Struct, frozen=True):
+    """A virtual server but for its place, which is its key."""
+
+    scheduler: str
+    affinity_seconds: int | None = None
+
+
+class Destination(NamedTuple):
+    """The key of one backend of a virtual server; its content is its weight."""
+
+    server: Frontend
+    address: Address
+
+
+class LocalAddress(NamedTuple):
+    """The key of an address that is led to this node, or of one port of it."""
+
+    ip: str
+    only: Frontend | None
+    owner: ServicePortName | None = None
+
+
+class Bound(Struct, frozen=True):
+    """The content of a local address: its key says it all."""
+
+
+Key = Item | Frontend | Destination | LocalAddress
+Content = TableContent | Server | int | Bound
+Items = dict[Key, Content]
+BOUND = Bound()
+
+
+class Ruleset(Struct, frozen=True):
+    """What the items depend on besides the plan."""
+
+    table: nftables.Ruleset
+    node_ips: tuple[str, ...]  # that serve node ports
+    scheduler: str = "rr"  # of Services that name none
+
+
+def entrance_of(name: str, *rules: Rule) -> Entrance:
+    return Entrance(name, ((CHAIN, name, rules),))
+
+
+CARRIED = entrance_of("carried", Rule("carried", (Verdict("accept"),)))
+
+
+def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Key, Content]) -> Items:
+    """Return the items of one owner; ``before`` has those it had."""
+    items: Items = {}
+    for route in port.routes:
+        place = SERVICE if route.frontend.ip else NODE_PORT
+        key = frontend_key(route.frontend)
+        items |= table_items(ruleset.table, port, route, place, key, before)
+        if route.kind == "ClusterIP":
+            ip = route.frontend.ip
+            items[Item("cluster-ips", packed_ip(ip), port.owner)] = PRESENT
+            items[LocalAddress(ip, None, port.owner)] = BOUND
+        if route.allowed_sources is not None:
+            items |= widened(guarded(key, route.allowed_sources))
+        pool = carried_pool(route)
+        if pool is not None:
+            items |= carried(ruleset, port, route, pool, before)
+    for address in local_backends(port):
+        items[Item("hairpin", hairpin_key(address, port.owner.proto), port.owner)] = PRESENT
+    return items
+
+
+def carried_pool(route: Route) -> Pool | None:
+    """Return the pool of a frontend's virtual server; None if it has none."""
+    return None if refusal(route) is not None else pool_of(route.from_outside)
+
+
+def carried(
+    ruleset: Ruleset, port: PortPlan, route: Route, pool: Pool, before: Mapping[Key, Content]
+) -> Items:
+    """Return the virtual servers of a frontend, and what leads to them."""
+    items: Items = {}
+    ip = route.frontend.ip
+    if ip:
+        items[Item(SERVED, frontend_key(route.frontend))] = PRESENT
+    if ip and route.kind != "ClusterIP":
+        items[LocalAddress(ip, route.frontend, port.owner)] = BOUND
+    for frontend in placed(route.frontend, ruleset.node_ips):
+        items |= server(ruleset, frontend, pool, port, before)
+    return items
+
+
+def placed(frontend: Frontend, node_ips: tuple[str, ...]) -> Iterator[Frontend]:
+    """Yield a frontend, or one for each address where a node port is served."""
+    if frontend.ip:
+        yield frontend
+    else:
+        for ip in node_ips:
+            yield Frontend(ip, frontend.port, frontend.proto)
+
+
+# --- virtual servers ------------------------------------------------------------------------------
+
+
+def server(
+    ruleset: Ruleset,
+    frontend: Frontend,
+    pool: Pool,
+    port: PortPlan,
+    before: Mapping[Key, Content],
+) -> Items:
+    """Return a virtual server with its destinations.
+
+    Flows of a protocol without connections stay with a backend that serves on, though it is
+    given no more of them: it keeps its place, with a weight of 0.
+    """
+    weighted = any(backend.weight != 1 for backend in pool.backends)
+    scheduler = kernel_scheduler(pool.scheduler, ruleset.scheduler, weighted=weighted)
+    items: Items = {frontend: Server(scheduler, pool.affinity_seconds)}
+    for address in port.serving:
+        if Destination(frontend, address) in before:
+            items[Destination(frontend, address)] = 0
+    for backend in pool.backends:
+        items[Destination(frontend, backend.address)] = backend.weight
+    return items
+
+
+def kernel_scheduler(name: Scheduler | None, default: str, *, weighted: bool) -> str:
+    """Return the kernel's name of a scheduler: some have a form that minds weights."""
+    word: str = name or default
+    if word == "random":  # the kernel has none that is
+        word = "rr"
+    return {"rr": "wrr", "lc": "wlc"}.get(word, word) if weighted else word
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def table_items(
+    ruleset: nftables.Ruleset,
+    port: PortPlan,
+    route: Route,
+    place: Place,
+    key: bytes,
+    before: Mapping[Key, Content],
+) -> Items:
+    """Return what the table has for a frontend: a refusal, or a chain if it needs one."""
+    comment = str(port.owner)
+    verdict = refusal(route)
+    if verdict is not None:
+        return {Item(place.refusals, key): Element(key, data=verdict, comment=comment)}
+    if route.kind == "ClusterIP":
+        return {}  # masquerading is a rule of the fixed part
+    entrance = entrance_for(ruleset, port, route, place)
+    items: Items = {Item(box, name, port.owner): what for box, name, what in entrance.needs}
+    goto = Verdict("goto", entrance.chain)
+    items[Item(place.frontends, key)] = Element(key, data=goto, comment=comment)
+    if picks_apart(route):
+        numbered = numbered_endpoints(route, place, key, table_part(before))
+        items |= {i: c for i, c in numbered.items() if i.container == place.endpoints}
+    return items
+
+
+def picks_apart(route: Route) -> bool:
+    """Say whether pods and the node reach other backends than strangers."""
+    return pool_of(route.from_node) != pool_of(route.from_outside)
+
+
+def entrance_for(ruleset: nftables.Ruleset, port: PortPlan, route: Route, place: Place) -> Entrance:
+    """Return the chain for an external frontend that forwards at least one origin."""
+    whole, outside = pool_of(route.from_node), pool_of(route.from_outside)
+    assert whole is not None, "what the node cannot reach, nobody can"
+    if not picks_apart(route):
+        if masquerades(route.from_outside):
+            return entrance_of("masquerade", Rule("masquerade", (SetMark(ruleset.mark),)))
+        return local_only(ruleset, port.owner, CARRIED, CARRIED, place)
+    pick = pool_entrance(port, whole, place, place.endpoints)
+    return local_only(ruleset, port.owner, pick, CARRIED if outside else None, place)
+
+
+def widened(part: Mapping[Item, TableContent]) -> Items:
+    """Return items of the table as what they are among others."""
+    return cast(Items, part)
+
+
+def table_part(before: Mapping[Key, Content]) -> Mapping[Item, TableContent]:
+    """Return the same mapping, of which nobody will look at more than the table's part."""
+    return before  # type: ignore[return-value]  # the keys of the rest are never asked for

@@ -1,0 +1,244 @@
+"""What the kernel is told to reach a state of mode ipvs, and when a destination may go."""
+
+import pytest
+
+from pyproxy.delta import Delta, diff
+from pyproxy.model import Address, Frontend
+from pyproxy.proxier import _ipvsnl as nl
+from pyproxy.proxier._ipvstarget import AT_ONCE, DRAIN_SECONDS, IpvsTarget
+from pyproxy.proxier._vips import RTPROT_IPVS, one_port, whole_address
+from pyproxy.rules.ipvs import BOUND, Destination, LocalAddress, Server
+from pyproxy.rules.nftables import PRESENT, Item
+from tests.builders import owner
+from tests.fakes.ip_vs import FakeIpvs, FakeTable, FakeVips
+
+WEB = Frontend("10.96.0.1", 80, "TCP")
+DNS = Frontend("10.96.0.1", 53, "UDP")
+ONE, TWO = Address("10.244.1.1", 8080), Address("10.244.1.2", 8080)
+LOCAL = LocalAddress("10.96.0.1", None, owner())
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+    def unix(self):
+        return self.now
+
+
+class Node:
+    """A node whose kernel is a fake, and a target that writes into it."""
+
+    def __init__(self, **kernel):
+        self.ipvs, self.vips, self.table = FakeIpvs(**kernel), FakeVips(), FakeTable()
+        self.clock = Clock()
+        self.state = {}
+        self.restart()
+
+    def restart(self):
+        self.target = IpvsTarget(4, self.table, self.clock, lambda: (self.ipvs, self.vips))
+
+    async def want(self, state):
+        """Sync; return how many messages it took."""
+        before = len(self.ipvs.sent)
+        self.refused = await self.target.apply(diff(self.state, state))
+        self.state = {key: value for key, value in state.items() if key not in self.refused}
+        return len(self.ipvs.sent) - before
+
+    async def adopt(self):
+        self.state = dict(await self.target.adopt())
+        return self.state
+
+    def weights(self, server=WEB):
+        return {a: busy.weight for a, busy in self.ipvs.destinations(server).items()}
+
+
+def state(*addresses, server=WEB, weight=1, scheduler="rr"):
+    return {server: Server(scheduler), LOCAL: BOUND} | {
+        Destination(server, address): weight for address in addresses
+    }
+
+
+@pytest.fixture
+def node():
+    return Node()
+
+
+async def test_what_is_wanted_is_made(node):
+    await node.want(state(ONE, TWO))
+    assert node.ipvs.known == {WEB: Server("rr")}
+    assert node.weights() == {ONE: 1, TWO: 1}
+    assert node.vips.local == {whole_address("10.96.0.1")}
+
+
+async def test_a_change_of_one_endpoint_is_a_handful_of_messages_among_any_number_of_servers(node):
+    others = {}
+    for number in range(500):
+        others |= state(ONE, TWO, server=Frontend("10.96.1.1", number, "TCP"))
+    await node.want(others | state(ONE))
+    assert await node.want(others | state(TWO)) <= 3
+
+
+async def test_a_busy_destination_takes_no_more_and_goes_when_it_is_idle(node):
+    await node.want(state(ONE, TWO))
+    node.ipvs.connect(Destination(WEB, ONE), active=1)
+    await node.want(state(TWO))
+    assert node.weights() == {ONE: 0, TWO: 1}
+    node.ipvs.connect(Destination(WEB, ONE), inactive=1)
+    await node.target.reap()
+    assert node.weights() == {ONE: 0, TWO: 1}, "half closed may be in use"
+    node.ipvs.connect(Destination(WEB, ONE))
+    await node.target.reap()
+    assert node.weights() == {TWO: 1}
+
+
+async def test_an_idle_destination_goes_at_once(node):
+    await node.want(state(ONE, TWO))
+    await node.want(state(TWO))
+    assert node.weights() == {TWO: 1}
+
+
+async def test_no_destination_is_waited_for_longer_than_the_limit(node):
+    await node.want(state(ONE, TWO))
+    node.ipvs.connect(Destination(WEB, ONE), active=1)
+    await node.want(state(TWO))
+    node.clock.now += DRAIN_SECONDS
+    await node.target.reap()
+    assert node.weights() == {TWO: 1}
+
+
+async def test_a_destination_that_returns_is_resumed_in_place(node):
+    await node.want(state(ONE, TWO))
+    node.ipvs.connect(Destination(WEB, ONE), active=1)
+    await node.want(state(TWO))
+    await node.want(state(ONE, TWO))
+    assert node.ipvs.sent[-1].command == nl.SET_DEST
+    await node.target.reap()
+    assert node.weights() == {ONE: 1, TWO: 1}
+    assert node.ipvs.destinations(WEB)[ONE].active == 1
+
+
+async def test_a_server_stays_local_while_its_last_connection_lasts(node):
+    await node.want(state(ONE))
+    node.ipvs.connect(Destination(WEB, ONE), active=1)
+    await node.want({})
+    await node.target.reap()
+    assert node.weights() == {ONE: 0}
+    assert node.vips.local
+    node.ipvs.connect(Destination(WEB, ONE), inactive=1)
+    await node.target.reap()
+    assert not node.ipvs.known
+    assert not node.vips.local
+
+
+async def test_a_server_that_returns_is_resumed_in_place(node):
+    await node.want(state(ONE))
+    node.ipvs.connect(Destination(WEB, ONE), active=1)
+    await node.want({})
+    await node.want(state(TWO, scheduler="sh"))
+    assert node.ipvs.known == {WEB: Server("sh")}
+    assert node.weights() == {ONE: 0, TWO: 1}
+
+
+async def test_destinations_of_udp_go_at_once(node):
+    await node.want(state(ONE, TWO, server=DNS))
+    node.ipvs.connect(Destination(DNS, ONE), inactive=1)
+    await node.want(state(TWO, server=DNS))
+    assert node.weights(DNS) == {TWO: 1}
+
+
+async def test_servers_of_udp_go_at_once(node):
+    await node.want(state(ONE, server=DNS))
+    node.ipvs.connect(Destination(DNS, ONE), inactive=1)
+    await node.want({})
+    assert not node.ipvs.known
+
+
+async def test_very_many_that_go_are_left_to_the_next_poll(node):
+    many = {}
+    for number in range(AT_ONCE + 1):
+        many |= state(ONE, server=Frontend("10.96.1.1", number, "TCP"))
+    await node.want(many)
+    await node.want({})
+    assert node.ipvs.known
+    await node.target.reap()
+    assert not node.ipvs.known
+
+
+async def test_a_restart_finds_what_is_there_and_goes_on_waiting(node):
+    await node.want(state(ONE, TWO))
+    node.ipvs.connect(Destination(WEB, ONE), active=1)
+    await node.want(state(TWO))
+    node.restart()
+    assert await node.adopt() == {
+        WEB: Server("rr"),
+        Destination(WEB, ONE): 0,
+        Destination(WEB, TWO): 1,
+        LOCAL._replace(owner=None): BOUND,
+    }
+    await node.want(state(TWO))
+    assert node.weights() == {ONE: 0, TWO: 1}
+    assert node.vips.local, "another owner of the address is no reason to take it away"
+    node.ipvs.connect(Destination(WEB, ONE))
+    await node.target.reap()
+    assert node.weights() == {TWO: 1}
+
+
+async def test_what_waits_for_its_end_is_not_found_again_by_the_same_process(node):
+    await node.want(state(ONE, TWO))
+    node.ipvs.connect(Destination(WEB, ONE), active=1)
+    await node.want(state(TWO))
+    assert Destination(WEB, ONE) not in await node.adopt()
+
+
+async def test_servers_that_others_made_are_taken_over(node):
+    node.ipvs.known[WEB] = Server("wlc")
+    node.ipvs.backends[WEB] = {ONE: nl.Busy(5, 0, 0)}
+    await node.want(state(ONE))
+    assert node.ipvs.known == {WEB: Server("rr")}
+    assert node.weights() == {ONE: 1}
+
+
+async def test_a_scheduler_that_the_kernel_lacks_is_told_of_the_server(node):
+    await node.want(state(ONE, scheduler="best"))
+    assert node.refused[WEB] == (
+        "cannot make a virtual server for 10.96.0.1:80/TCP: no such scheduler"
+    )
+    assert Destination(WEB, ONE) in node.refused
+
+
+async def test_the_table_refuses_before_a_server_goes(node):
+    item = Item("served", b"key")
+    await node.want(state(ONE) | {item: PRESENT})
+    assert node.table.items == {item: PRESENT}
+    await node.want(state(ONE))
+    assert not node.table.items
+
+
+async def test_one_port_of_an_address_is_found_again(node):
+    key = LocalAddress("203.0.113.7", Frontend("203.0.113.7", 80, "TCP"))
+    await node.target.apply(Delta({key: BOUND}, {}, {}))
+    assert node.vips.local == {one_port(key.only, RTPROT_IPVS)}
+    assert await node.adopt() == {key: BOUND}
+
+
+async def test_who_looks_finds_what_others_changed(node):
+    await node.want(state(ONE, TWO))
+    assert await node.target.differing_servers() == 0
+    assert await node.target.differing_destinations(0, 10) == 0
+    node.ipvs.backends[WEB][ONE] = nl.Busy(9, 0, 0)
+    assert await node.target.differing_destinations(0, 10) == 1
+    node.ipvs.known.clear()
+    assert await node.target.differing_servers() == 1
+
+
+async def test_after_a_failure_nothing_waits_that_still_takes_connections(node):
+    await node.want(state(ONE, TWO))
+    node.ipvs.connect(Destination(WEB, ONE), active=1)
+    node.table.apply = None  # it cannot be called
+    with pytest.raises(TypeError):
+        await node.target.apply(diff(node.state, state(TWO)))
+    assert (await node.adopt())[Destination(WEB, ONE)] == 1
