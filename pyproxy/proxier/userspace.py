@@ -16,10 +16,11 @@ from pyproxy.delta import Delta
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import surroundings
-from pyproxy.proxier._capture import WAYS, Capture, best, why_not
+from pyproxy.proxier._capture import WAYS, Capture, best, risk, why_not
 from pyproxy.proxier._fronts import Fronts
 from pyproxy.proxier._lookup import Unsupported
 from pyproxy.proxier._tcp import TcpRelay
+from pyproxy.proxier._tproxy import remove_rules
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
 from pyproxy.proxier._vips import Vip, Vips, one_port, whole_address
 from pyproxy.reconcile import ApplyError, Proxier, Reconciler
@@ -44,6 +45,8 @@ def settled(config: Config) -> Config:
     reason = why_not(name)
     if reason is not None:
         raise LookupError(f"userspace.capture: {name} cannot work on this node: {reason}")
+    if danger := risk(name):
+        log.warning("userspace.capture", extra={"capture": name, "problem": danger})
     return config
 
 
@@ -57,7 +60,7 @@ def build(env: Env) -> Proxier:
 
 
 async def cleanup(family: Family, *, ours: bool = True) -> str | None:
-    """Remove the local routes: all that outlives the process. kube-proxy has none."""
+    """Remove the local routes and the rules of the capture; kube-proxy has none of them."""
     if not ours:
         return None
     routes = Vips(family, None)
@@ -67,6 +70,10 @@ async def cleanup(family: Family, *, ours: bool = True) -> str | None:
         return f"cannot list local routes: {error.strerror}"
     finally:
         routes.close()
+    try:
+        remove_rules(family)
+    except OSError as error:
+        return f"cannot remove the rules of the capture: {error.strerror}"
     return "; ".join(left.values()) or None
 
 
@@ -117,9 +124,11 @@ class Frontends:
             if count % OPENED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         wanted = self._wanted(self._fronts.held() - delta.removed.keys())
+        self._commit()
         refused |= self._make_local(wanted)
         self._unroute(self._local - wanted.keys())
         self._close(delta.removed)
+        self._commit()
         return refused
 
     async def clear(self) -> None:
@@ -162,6 +171,12 @@ class Frontends:
             if problem is not None:
                 refused[frontend] = f"{owner}: {frontend}: {problem}"
         return refused
+
+    def _commit(self) -> None:
+        try:
+            self._fronts.commit()
+        except OSError as error:
+            raise ApplyError(f"cannot capture packets for Services: {error.strerror}") from error
 
     def _wanted(self, frontends: Iterable[Frontend]) -> dict[Vip, list[Frontend]]:
         """Return what must be led here for these frontends, and which of them need it."""
