@@ -97,7 +97,7 @@ async def proxy(ports: Ports) -> None:
 
     sockets = []
     async with asyncio.TaskGroup() as tasks:
-        tcp = TcpRelay(tasks, Surroundings, observe)
+        tcp = TcpRelay(Surroundings, observe)
         udp = UdpRelay(Surroundings, IdleTimeouts(), observe)
         for port, proto in zip(ports, ("TCP", "TCP", "UDP"), strict=True):
             pool = Pool((Backend(Address(IP, port)),))
