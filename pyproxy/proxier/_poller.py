@@ -17,7 +17,7 @@ ENDED = select.EPOLLRDHUP  # the peer says nothing more
 HUP = select.EPOLLHUP
 ERROR = select.EPOLLERR
 EDGE = select.EPOLLET
-EVENTS_AT_ONCE = 256
+EVENTS_AT_ONCE = 64  # as many are passed on before the kernel is asked again
 
 
 class Watcher(Protocol):
@@ -82,10 +82,9 @@ class Poller:
     def _look(self) -> None:
         self.rounds += 1
         watcher_of = self._watchers.get
-        told = iter(self._epoll.poll(0, EVENTS_AT_ONCE))
         self._is_telling = True
         try:
-            for fd, events in told:
+            for fd, events in self._epoll.poll(0, EVENTS_AT_ONCE):
                 watcher = watcher_of(fd)
                 if watcher is not None:
                     watcher.ready(events)

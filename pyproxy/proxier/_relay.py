@@ -25,7 +25,7 @@ from pyproxy.proxier._poller import EDGE, ENDED, ERROR, HUP, IN, OUT, Poller
 from pyproxy.proxier._splice import Pipe, Pipes
 
 SMALL = 16 * 1024  # bytes that are copied at a time
-TURNS = 16  # pipes or buffers full, until others have their turn
+TURNS = 4  # pipes or buffers full, until others have their turn
 READS = IN | ENDED | EDGE
 READS_AND_WRITES = READS | OUT
 PATIENCE = 2  # writes to a side, until it is told to wait with none
@@ -112,15 +112,17 @@ class Side:
 
     def ready(self, events: int) -> None:
         """Take note of events of this side's socket."""
+        if events == IN and self.pipe is None and self.left is None and not self.ended:
+            self._copy()
+            return
         if events & OUT and self.other.is_held_up():
             self.other.pump()
             if self.is_over:
                 return
         if events & LAST:
             self.has_last = True
-            if self.ended:
-                if events & ERROR:
-                    self.connection.abort()
+            if events & ERROR and (self.ended or self.is_held_up()):
+                self.connection.abort()
                 return
         if events & SOMETHING and not self.ended:
             self.pump()
@@ -148,9 +150,9 @@ class Side:
             if not count:
                 self._end()
                 return
-            if not self._flush(BUFFER[:count]) or (count < SMALL and not self.has_last):
+            if not self._flush(BUFFER[:count]):
                 return
-            if count == SMALL and self._goes_through_pipe():
+            if self._goes_through_pipe() if count == SMALL else not self.has_last:
                 return
         self._soon()
 
@@ -236,6 +238,9 @@ class Side:
         self.connection.broken = True
         self.ended = True
         self.left = None
+        if self.pipe is not None:
+            self.connection.pipes.give_back(self.pipe)
+            self.pipe = None
         if self.other.ended:
             self.connection.abort()
 
