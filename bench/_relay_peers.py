@@ -118,7 +118,7 @@ async def backend() -> None:
 async def relay(ports: Ports) -> None:
     around = Surroundings()
     tcp = TcpRelay(lambda: around, lambda _result: None)
-    udp = UdpRelay(lambda: around, IdleTimeouts(), lambda _result: None)
+    udp = UdpRelay(tcp.poller, lambda: around, IdleTimeouts(), lambda _result: None)
     sockets = []
     for name, port in ports._asdict().items():
         proto = "UDP" if name == "datagrams" else "TCP"

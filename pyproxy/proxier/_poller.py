@@ -54,7 +54,7 @@ class Poller:
 
     def discard(self, fd: int) -> None:
         """Forget a socket that stays open."""
-        if self._watchers.pop(fd, None) is not None:
+        if self._watchers.pop(fd, None) is not None and not self._epoll.closed:
             self._epoll.unregister(fd)
 
     def close_socket(self, sock: SocketType) -> None:

@@ -103,7 +103,7 @@ def keep_alive(sock: SocketType) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def enlarge_queue(sock: socket.socket) -> None:
+def enlarge_queue(sock: SocketType) -> None:
     """Let more datagrams wait for us. Without root, as many as net.core.rmem_max allows."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, DATAGRAM_QUEUE)
