@@ -12,6 +12,7 @@ from typing import NamedTuple
 import uvloop
 
 from bench._relay_peers import IP, Ports, Target
+from pyproxy.proxier._batch import Batch
 
 SECONDS = 0.5  # of one measurement
 BLOCK = bytes(1 << 20)
@@ -111,22 +112,24 @@ def datagrams(ports: Ports, clients: int, in_flight: int) -> Work:
 
 def echoed(socks: list[socket.socket], in_flight: int) -> Work:
     """Send anew what comes back."""
-    done = 0
-    by_fd = {sock.fileno(): sock for sock in socks}
+    done, batch = 0, Batch()
     with select.epoll() as epoll:
-        for fd, sock in by_fd.items():
+        for sock in socks:
             sock.setblocking(False)
-            epoll.register(fd, select.EPOLLIN)
+            epoll.register(sock, select.EPOLLIN)
             for _ in range(in_flight):
                 sock.send(MESSAGE)
+        by_fd = {sock.fileno(): sock for sock in socks}
         started_at = perf_counter()
         while perf_counter() < started_at + SECONDS:
             for fd, _events in epoll.poll(0.1):
-                sock = by_fd[fd]
-                with suppress(BlockingIOError):
-                    for _ in range(in_flight):
-                        sock.send(sock.recv(2048))
-                        done += 1
+                if in_flight > 1:
+                    count = batch.receive(fd)
+                    batch.send(fd, count)
+                    done += count
+                else:
+                    by_fd[fd].send(by_fd[fd].recv(2048))
+                    done += 1
         return Work(done, perf_counter() - started_at)
 
 

@@ -1,6 +1,7 @@
 """The processes that the bench of the relay starts: a backend, pyproxy's relay, HAProxy, nginx."""
 
 import asyncio
+import ctypes
 import os
 import random
 import socket
@@ -16,6 +17,7 @@ import uvloop
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Address, Backend, Forward, Frontend, Pool, Route, ServicePortName
+from pyproxy.proxier._batch import DATAGRAMS, HEADER_WORDS, Batch
 from pyproxy.proxier._sockets import listening
 from pyproxy.proxier._tcp import TcpFront, TcpRelay
 from pyproxy.proxier._udp import IdleTimeouts, UdpFront, UdpRelay
@@ -24,6 +26,7 @@ from pyproxy.rules.listeners import Listener, Surroundings
 IP = "127.0.0.1"
 NGINX_MODULES = Path("/usr/lib/nginx/modules")
 START_SECONDS = 10
+IPV4_NAME = 16  # bytes of a struct sockaddr_in
 HAPROXY = """\
 global
   nbthread 1
@@ -95,6 +98,18 @@ class Sink(asyncio.BufferedProtocol):
         self.transport.write(b".")
 
 
+class NamedBatch(Batch):
+    """For a socket that is not connected: each datagram goes back to its sender."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names = ctypes.create_string_buffer(DATAGRAMS * IPV4_NAME)
+        for headers in (self._incoming, self._outgoing):
+            for index in range(DATAGRAMS):
+                headers[HEADER_WORDS * index] = ctypes.addressof(self._names) + IPV4_NAME * index
+                headers[HEADER_WORDS * index + 1] = IPV4_NAME
+
+
 async def backend() -> None:
     loop = asyncio.get_running_loop()
     servers = [await loop.create_server(kind, IP, 0, backlog=4096) for kind in (Echo, Sink)]
@@ -104,11 +119,12 @@ async def backend() -> None:
     datagrams.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
     datagrams.bind((IP, 0))
 
+    batch = NamedBatch()
+
     def answer() -> None:
         with suppress(BlockingIOError):
             while True:
-                data, peer = datagrams.recvfrom(2048)
-                datagrams.sendto(data, peer)
+                batch.send(datagrams.fileno(), batch.receive(datagrams.fileno()))
 
     loop.add_reader(datagrams, answer)
     tell([*(server.sockets[0] for server in servers), stall, datagrams])
