@@ -370,6 +370,13 @@ GROUPS: Final = (
                 placeholder="PATH",
             ),
             Flag("service-cidr", CIDRS, "", "With --manifests: the ranges of cluster IPs."),
+            Flag(
+                "cloud-annotations",
+                STRING,
+                "cloud_annotations",
+                "The cloud whose annotations of Services count: huawei.",
+                placeholder="CLOUD",
+            ),
             Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
         ),
     ),
