@@ -371,6 +371,14 @@ GROUPS: Final = (
             ),
             Flag("service-cidr", CIDRS, "", "With --manifests: the ranges of cluster IPs."),
             Flag(
+                "state-dir",
+                STRING,
+                "",
+                "Where the cluster's last known state is kept, for a start without the API server; "
+                "empty: nowhere.",
+                placeholder="PATH",
+            ),
+            Flag(
                 "cloud-annotations",
                 STRING,
                 "cloud_annotations",
