@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from pyproxy.model import FAMILIES, Family
+from pyproxy.proxier._restorer import Failure, Restorer
 from pyproxy.rules.iptables_base import CANARY
 
 Flavour = Literal["nft", "legacy"]
@@ -24,6 +25,7 @@ PROGRAMS: Mapping[Family, str] = {4: "iptables", 6: "ip6tables"}
 HINTS = (":KUBE-IPTABLES-HINT ", ":KUBE-KUBELET-CANARY ")  # kubelet leaves these in table mangle
 LOCK_SECONDS = "5"
 TIMEOUT_SECONDS = 300.0
+FEW_LINES = 2000  # to carry out: more take longer than to start the program
 RANDOM_FULLY = (1, 6, 2)
 ABSENT = 1  # exit code: there is no such chain
 
@@ -62,6 +64,11 @@ class Iptables:
 
     def __init__(self, programs: Programs) -> None:
         self.programs = programs
+        self._restorer = Restorer(self._restoring)
+
+    async def aclose(self) -> None:
+        """Let go of what stays between changes."""
+        await self._restorer.aclose()
 
     async def save(self) -> str:
         """Return all that is there. Raises ``IptablesError``."""
@@ -72,13 +79,37 @@ class Iptables:
 
     async def restore(self, lines: Sequence[str]) -> None:
         """Carry out lines of input: all of a table, or nothing of it. Raises ``IptablesError``."""
-        text = "\n".join(lines) + "\n"
-        argv = [self.programs.restore, "--noflush", "-w", LOCK_SECONDS]
-        answer = await run(argv, text)
-        if answer.code:
-            found = LINE_NUMBER.search(answer.error)
-            line = int(found[1]) - 1 if found else None
-            raise IptablesError(self.programs.restore, first_line(answer.error), line)
+        failure = await (self._restored(lines) if self._may_stay(lines) else self._once(lines))
+        if failure is not None:
+            found = LINE_NUMBER.search(failure.error)
+            line = int(found[1]) - 1 - failure.line if found else None
+            raise IptablesError(self.programs.restore, first_line(failure.error), line)
+
+    @property
+    def _restoring(self) -> list[str]:
+        return [self.programs.restore, "--noflush", "-w", LOCK_SECONDS]
+
+    def _may_stay(self, lines: Sequence[str]) -> bool:
+        """Say whether the program is worth to be kept.
+
+        Flavour legacy holds a copy of the table, which it would keep.
+        """
+        return self.programs.flavour == "nft" and len(lines) <= FEW_LINES
+
+    async def _restored(self, lines: Sequence[str]) -> Failure | None:
+        name = self.programs.restore
+        try:
+            if await self._restorer.is_there():
+                return await self._restorer.carry_out(lines, TIMEOUT_SECONDS)
+        except TimeoutError as error:
+            raise IptablesError(name, f"no end after {TIMEOUT_SECONDS:.0f} s") from error
+        except OSError as error:
+            raise IptablesError(name, error.strerror or str(error)) from error
+        return await self._once(lines)
+
+    async def _once(self, lines: Sequence[str]) -> Failure | None:
+        answer = await run(self._restoring, "\n".join(lines) + "\n")
+        return Failure(answer.code, answer.error, 0) if answer.code else None
 
     async def has_canary(self) -> bool:
         """Say whether nobody has removed our chains. It counts as there if that cannot be told."""

@@ -120,6 +120,7 @@ class IpTarget:
 
     async def aclose(self) -> None:
         """Leave the rules as they are: they carry the traffic."""
+        await self._tables.aclose()
 
     # --- items --------------------------------------------------------------------------------
 
@@ -267,9 +268,15 @@ async def remove(tables: Sequence[Iptables], family: Family) -> None:
 
 
 async def remove_chains(tables: Iptables) -> None:
+    """Remove our chains. Nothing holds on to a set afterwards: with nf_tables, the end of the
+    program waits until the kernel has let go of what its rules matched.
+    """
     lines = cleared(parsed(await tables.save()))
-    if lines:
-        await tables.restore(lines)
+    try:
+        if lines:
+            await tables.restore(lines)
+    finally:
+        await tables.aclose()
 
 
 def destroy_sets(family: Family) -> None:

@@ -73,13 +73,15 @@ def flush(programs):
 
 
 @pytest.fixture(params=[(4, "nft"), (4, "legacy"), (6, "nft"), (6, "legacy")], ids=str)
-def tables(request):
+async def tables(request):
     family, flavour = request.param
     programs = programs_of(family).get(flavour)
     if programs is None:
         pytest.skip(f"no iptables of flavour {flavour} here")
     flush(programs)
-    yield Counting(programs)
+    tables = Counting(programs)
+    yield tables
+    await tables.aclose()
     flush(programs)
     output_of("ipset", "destroy")
 
@@ -211,6 +213,17 @@ async def test_what_the_kernel_refuses_does_not_stop_the_rest(tables, ruleset):
     refused = await target.apply(Delta(added, {}, {}))
     assert refused.keys() == {bad}
     assert parsed(await tables.save())["nat", "KUBE-SVC-GOOD"] == (to,)
+
+
+async def test_an_error_names_the_line_of_its_own_input(tables):
+    for lines in (["*nat", ":GOOD - [0:0]", "COMMIT"], ["*nat", "-A GOOD -m nonsense", "COMMIT"]):
+        refused = None
+        try:
+            await tables.restore(lines)
+        except IptablesError as error:
+            refused = error
+    assert refused is not None
+    assert refused.line == 1
 
 
 async def test_a_program_that_cannot_start_is_an_error(tables):
