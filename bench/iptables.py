@@ -23,14 +23,8 @@ from bench._lab import isolate, make_network
 from pyproxy.model import Address, Endpoint, ServicePort, ServicePortName
 from pyproxy.plan import Plan, PortPlan, Site, plan_port
 from pyproxy.process import SystemClock
-from pyproxy.proxier._iptables import (
-    FLAVOURS,
-    LOCK_SECONDS,
-    Flavour,
-    Iptables,
-    programs_of,
-    run,
-)
+from pyproxy.proxier._flavour import FLAVOURS, programs_of, tables_with
+from pyproxy.proxier._iptables import LOCK_SECONDS, Flavour, Iptables, run
 from pyproxy.proxier._iptarget import IpTarget, remove
 from pyproxy.reconcile import Reconciler
 from pyproxy.rules.iptables import Ruleset, compile_owner, hashed
@@ -72,7 +66,7 @@ def main() -> None:
 async def measured(cases: list[Case]) -> dict[str, dict[str, object]]:
     results: dict[str, dict[str, object]] = {}
     for case in cases:
-        tables = Iptables(programs_of(4)[case.flavour])
+        tables = tables_with(programs_of(4)[case.flavour])
         cluster = Cluster(case.services, case.endpoints)
         ips = [cluster.cluster_ip(number) for number in range(case.services)]
         ours = await with_pyproxy(tables, cluster, ips)

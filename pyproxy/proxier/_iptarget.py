@@ -175,7 +175,7 @@ class IpTarget:
     async def _write(self, suspects: AbstractSet[Item]) -> dict[Item, str]:
         """Send the chains that differ; return what was left out. Raises ``IptablesError``."""
         if self._missing:
-            await self._tables.restore(self._missing)
+            await self._tables.arrange(self._missing)
             self._missing = []
         self._due |= self._layout.take()
         refused: dict[Item, str] = {}

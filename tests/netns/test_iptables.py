@@ -8,8 +8,9 @@ import pytest
 from msgspec import structs
 
 from pyproxy.delta import Delta
+from pyproxy.proxier._flavour import programs_of
 from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
-from pyproxy.proxier._iptables import Iptables, IptablesError, programs_of
+from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.proxier._iptarget import IpTarget, remove
 from pyproxy.reconcile import Reconciler
 from pyproxy.rules.iptables import Item, Ruleset, compile_owner, set_name
