@@ -8,6 +8,9 @@ import pytest
 from msgspec import structs
 
 from pyproxy.delta import Delta
+from pyproxy.model import Address, Endpoint, Frontend, ServicePort, ServicePortName
+from pyproxy.plan import Plan, Site, plan_port
+from pyproxy.proxier._conntrack import Conntrack
 from pyproxy.proxier._flavour import programs_of
 from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
 from pyproxy.proxier._iptables import Iptables, IptablesError
@@ -17,7 +20,11 @@ from pyproxy.rules.iptables import Item, Ruleset, compile_owner, set_name
 from pyproxy.rules.iptables_base import CANARY
 from pyproxy.rules.iptables_layout import chains_of
 from pyproxy.rules.iptables_text import is_ours, parsed
+from pyproxy.topology import Place
 from tests.iptables_cluster import cluster
+from tests.netns.conftest import ADDRESSES, ADDRESSES6
+from tests.netns.node import udp_client
+from tests.trace.iptables import chosen
 
 FOREIGN = """*filter
 :KUBE-FIREWALL - [0:0]
@@ -259,3 +266,27 @@ async def test_the_canary_is_in_each_table(tables, ruleset):
     await proxier(tables, ruleset).sync(plan, set(plan.ports))
     there = parsed(await tables.save())
     assert {table for table, chain in there if chain == CANARY} == {"filter", "nat", "mangle"}
+
+
+async def test_a_client_goes_where_the_hash_of_its_address_says(tables, ruleset):
+    family = ruleset.family
+    vip = "10.96.0.77" if family == 4 else "fd00:10:96::77"
+    output_of("ip", "route", "replace", f"{vip}/{32 if family == 4 else 128}", "dev", "lo")
+    clients = [a.split("/")[0] for a in (ADDRESSES if family == 4 else ADDRESSES6)]
+    ports = [Endpoint(Address(clients[0], number)) for number in range(9001, 9008)]
+    name = ServicePortName("default", "hashed", "", "UDP")
+    port = ServicePort(name=name, cluster_ip=vip, port=80, scheduler="sh")
+    plan = Plan()
+    plan.put(name, plan_port(port, ports, Site(Place("here"), clients[0])))
+    report = await proxier(tables, ruleset).sync(plan, {name})
+    assert report.error is None
+    assert report.unserved == ()
+    [backends] = {route.from_node.pool for route in plan.ports[name].routes}
+    for client in clients:
+        for _ in range(4):
+            with udp_client(vip, 80, client) as sock:
+                sock.send(b"?")
+    flows = list(Conntrack(family).flows([Frontend(vip, 80, "UDP")]))
+    assert len(flows) == 4 * len(clients)
+    found = {(flow.source.ip, flow.backend) for flow in flows}
+    assert found == {(client, chosen(backends, name, client)) for client in clients}
