@@ -272,6 +272,7 @@ async def test_a_client_goes_where_the_hash_of_its_address_says(tables, ruleset)
     family = ruleset.family
     vip = "10.96.0.77" if family == 4 else "fd00:10:96::77"
     output_of("ip", "route", "replace", f"{vip}/{32 if family == 4 else 128}", "dev", "lo")
+    output_of("conntrack", "-F")
     clients = [a.split("/")[0] for a in (ADDRESSES if family == 4 else ADDRESSES6)]
     ports = [Endpoint(Address(clients[0], number)) for number in range(9001, 9008)]
     name = ServicePortName("default", "hashed", "", "UDP")
