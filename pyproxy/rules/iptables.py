@@ -78,6 +78,7 @@ class Ruleset(Struct, frozen=True):
     localhost_node_ports: bool = False
     drop_invalid: bool = True
     random_fully: bool = True
+    counted: bool = False  # by objects of nfacct, which have to be there
 
 
 class Pools(NamedTuple):

@@ -1,6 +1,9 @@
 """Mode iptables in the kernel, with the rules of both flavours."""
 
+import socket
 import subprocess
+from collections import Counter
+from contextlib import suppress
 from functools import partial
 from ipaddress import ip_network
 
@@ -10,14 +13,16 @@ from msgspec import structs
 from pyproxy.delta import Delta
 from pyproxy.model import Address, Endpoint, Frontend, ServicePort, ServicePortName
 from pyproxy.plan import Plan, Site, plan_port
+from pyproxy.proxier import _nfacct
 from pyproxy.proxier._conntrack import Conntrack
 from pyproxy.proxier._flavour import programs_of
 from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
 from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.proxier._iptarget import IpTarget, remove
 from pyproxy.reconcile import Reconciler
+from pyproxy.report import RestoreReport
 from pyproxy.rules.iptables import Item, Ruleset, compile_owner, set_name
-from pyproxy.rules.iptables_base import CANARY
+from pyproxy.rules.iptables_base import CANARY, INVALID_DROPPED, LOCALHOST_ACCEPTED
 from pyproxy.rules.iptables_layout import chains_of
 from pyproxy.rules.iptables_text import is_ours, parsed
 from pyproxy.topology import Place
@@ -98,11 +103,12 @@ async def tables(request):
 def ruleset(tables):
     family = 6 if "6" in tables.programs.plain else 4
     pods = ip_network("10.244.0.0/16" if family == 4 else "fd00:10:244::/56")
-    return Ruleset(family, pods=pods, localhost_node_ports=family == 4)
+    counted = _nfacct.ensured()
+    return Ruleset(family, pods=pods, localhost_node_ports=family == 4, counted=counted)
 
 
-def proxier(tables, ruleset, *, drifted=lambda count: None):
-    target = IpTarget(tables, lambda: ruleset, drifted)
+def proxier(tables, ruleset, *, drifted=lambda count: None, restored=lambda report: None):
+    target = IpTarget(tables, lambda: ruleset, drifted, restored)
     return Reconciler("iptables", ruleset.family, partial(compile_owner, ruleset), target, Clock())
 
 
@@ -144,6 +150,60 @@ async def test_a_change_writes_the_chains_it_concerns(tables, ruleset):
     await carrier.sync(changed, {owner})
     [lines] = tables.inputs
     assert {line.split(" ")[0][1:9] for line in lines if line.startswith(":")} == {"KUBE-SVC"}
+
+
+async def test_rules_are_counted_as_they_are_written(tables, ruleset):
+    plan, reports = cluster(ruleset.family), []
+    carrier = proxier(tables, ruleset, restored=reports.append)
+    await carrier.sync(plan, set(plan.ports))
+    there = parsed(await tables.save())
+    owned = Counter({"filter": 0, "nat": 0})
+    for (table, chain), rules in there.items():
+        owned[table] += len(rules) if is_ours(chain) else 0
+    del owned["mangle"]
+    owner = next(iter(plan.ports))
+    await carrier.sync(cluster(ruleset.family, endpoints=5), {owner})
+    await carrier.sync(plan, set())
+    more = {"filter": owned["filter"], "nat": owned["nat"] + 2}
+    family = ruleset.family
+    assert reports == [
+        RestoreReport(family, True, False, dict(owned), dict(owned)),
+        RestoreReport(family, False, False, more, {"nat": 5}),
+    ]
+
+
+async def test_a_restore_that_failed_is_told(tables, ruleset):
+    reports = []
+    target = IpTarget(tables, lambda: ruleset, on_restore=reports.append)
+    await target.adopt()
+    await target.apply(Delta({}, {}, {}))
+    bad = Item("nat", "KUBE-SVC-BAD")
+    await target.apply(Delta({bad: ("-m nonsense -j RETURN",)}, {}, {}))
+    assert [(report.full, report.failed) for report in reports] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("tables", [(4, "nft"), (4, "legacy")], indirect=True, ids=str)
+async def test_what_comes_to_a_node_port_at_loopback_is_counted(tables, ruleset):
+    assert ruleset.counted, "the kernel has no nfacct"
+    plan = cluster(4)
+    await proxier(tables, ruleset).sync(plan, set(plan.ports))
+    output_of("ip", "route", "replace", "10.244.1.0/24", "dev", "lo")
+    output_of("conntrack", "-F")
+    before = _nfacct.packets(LOCALHOST_ACCEPTED)
+    for port in (30001, 30001, 9):
+        with suppress(OSError), socket.socket() as sock:
+            sock.settimeout(0.05)
+            sock.connect(("127.0.0.1", port))
+    assert _nfacct.packets(LOCALHOST_ACCEPTED) == before + 2
+    assert _nfacct.packets(INVALID_DROPPED) is not None
+
+
+def test_counters_come_and_go():
+    _nfacct.remove()
+    assert _nfacct.packets(INVALID_DROPPED) is None
+    assert _nfacct.ensured()
+    assert _nfacct.ensured()  # they are there
+    assert _nfacct.packets(INVALID_DROPPED) == 0
 
 
 async def test_what_others_flush_is_there_again_and_told(tables, ruleset):
