@@ -11,6 +11,8 @@ MODE ?= userspace
 KIT ?= ../shared/conformance
 # Tools of the tests and of the demo, and the Debian packages that have them.
 TOOLS := ip:iproute2 unshare:util-linux nft:nftables iptables:iptables conntrack:conntrack ipset:ipset
+# What python-iptables is built with: there is no wheel of it.
+HAS_COMPILER = command -v gcc >/dev/null && test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
 KIT_TOOLS := nft:nftables iptables:iptables conntrack:conntrack ipset:ipset
 
 .PHONY: help setup demo test check format scenarios netns conformance bench clean
@@ -56,6 +58,7 @@ clean:  ## remove what make made
 $(VENV)/ready: requirements-dev.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is missing: apt-get install python3 python3-venv' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call install,python3-venv); }
+	@$(HAS_COMPILER) || { $(call install,gcc libc6-dev python3-dev); }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

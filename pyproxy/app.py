@@ -232,6 +232,9 @@ class App:
             resync=lane.resync,
             cleaned=partial(self._metrics.conntrack_reconciled, lane.family),
             drifted=partial(self._drifted, tasks, lane.family),
+            restored=self._metrics.restored,
+            counted=self._metrics.count_elsewhere,
+            passed=partial(self._metrics.passed, lane.family),
         )
         return proxier.load(self._settings.config.mode).build(env)
 
