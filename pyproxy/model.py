@@ -7,7 +7,7 @@ so once, by ``ip.canonical_ip``; only source ranges keep the types of ``ipaddres
 
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from msgspec import Struct
 
@@ -15,11 +15,11 @@ Family = Literal[4, 6]
 Proto = Literal["TCP", "UDP", "SCTP"]
 Network = IPv4Network | IPv6Network
 FrontendKind = Literal["ClusterIP", "ExternalIP", "LoadBalancer", "NodePort"]
-Scheduler = Literal["rr", "wrr", "random", "lc", "sh"]
+Scheduler = Literal["rr", "wrr", "random", "lc", "wlc", "sh", "dh", "mh", "sed", "nq"]
 
 FAMILIES: tuple[Family, ...] = (4, 6)
 PROTOS: tuple[Proto, ...] = ("TCP", "UDP", "SCTP")
-SCHEDULERS: tuple[Scheduler, ...] = ("rr", "wrr", "random", "lc", "sh")
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 
 
 def family_of(ip: str) -> Family:
