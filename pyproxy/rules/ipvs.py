@@ -43,6 +43,10 @@ from pyproxy.rules.nftables import (
 )
 
 SERVED = "served"  # a set: the frontends that virtual servers serve
+FALLBACK = "rr"  # the scheduler in the stead of one that the kernel has not
+# Schedulers that go on sending new connections to a destination of weight 0, and refuse them.
+WITHOUT_DRAINING = frozenset({"dh"})
+WEIGHTED: Mapping[str, str] = {"rr": "wrr", "lc": "wlc"}
 
 
 class Server(Struct, frozen=True):
@@ -82,7 +86,8 @@ class Ruleset(Struct, frozen=True):
 
     table: nftables.Ruleset
     node_ips: tuple[str, ...]  # that serve node ports
-    scheduler: str = "rr"  # of Services that name none
+    scheduler: str = FALLBACK  # of Services that name none
+    missing: frozenset[str] = frozenset()  # schedulers that the kernel has not
 
 
 def entrance_of(name: str, *rules: Rule) -> Entrance:
@@ -155,12 +160,13 @@ def server(
     """Return a virtual server with its destinations.
 
     Flows of a protocol without connections stay with a backend that serves on, though it is
-    given no more of them: it keeps its place, with a weight of 0.
+    given no more of them: it keeps its place, with a weight of 0, where the scheduler minds that.
     """
-    weighted = any(backend.weight != 1 for backend in pool.backends)
-    scheduler = kernel_scheduler(pool.scheduler, ruleset.scheduler, weighted=weighted)
+    scheduler = scheduler_of(ruleset, pool)
+    if scheduler in ruleset.missing:
+        scheduler = FALLBACK
     items: Items = {frontend: Server(scheduler, pool.affinity_seconds)}
-    for address in port.serving:
+    for address in port.serving if scheduler not in WITHOUT_DRAINING else ():
         if Destination(frontend, address) in before:
             items[Destination(frontend, address)] = 0
     for backend in pool.backends:
@@ -168,12 +174,26 @@ def server(
     return items
 
 
+def wanted_schedulers(ruleset: Ruleset, port: PortPlan) -> frozenset[str]:
+    """Return the schedulers that the virtual servers of an owner should have."""
+    pools = {id(pool): pool for route in port.routes if (pool := carried_pool(route)) is not None}
+    return frozenset(scheduler_of(ruleset, pool) for pool in pools.values())
+
+
+def scheduler_of(ruleset: Ruleset, pool: Pool) -> str:
+    weighted = any(backend.weight != 1 for backend in pool.backends)
+    return kernel_scheduler(pool.scheduler, ruleset.scheduler, weighted=weighted)
+
+
 def kernel_scheduler(name: Scheduler | None, default: str, *, weighted: bool) -> str:
-    """Return the kernel's name of a scheduler: some have a form that minds weights."""
+    """Return the kernel's name of a scheduler: some have a form that minds weights.
+
+    Who asks for ``rr`` by name asks for equal shares, as in all modes.
+    """
     word: str = name or default
     if word == "random":  # the kernel has none that is
         word = "rr"
-    return {"rr": "wrr", "lc": "wlc"}.get(word, word) if weighted else word
+    return WEIGHTED.get(word, word) if weighted and name != "rr" else word
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -34,6 +34,14 @@ def hexes(text):
             id="a server of IPv6 that remembers its clients",
         ),
         pytest.param(
+            nl.new_server(WEB4, Server("mh")),
+            """5400 0100  0600 0100 0200 0000  0600 0200 0600 0000
+            1400 0300 0a600001 00000000 00000000 00000000  0600 0400 0050 0000
+            0700 0600 6d6800 00  0c00 0700 38000000 ffffffff
+            0800 0800 00000000  0800 0900 ffffffff""",
+            id="a server whose clients go elsewhere while a destination drains",
+        ),
+        pytest.param(
             nl.new_destination(Destination(WEB4, Address("10.244.1.1", 8080)), 3),
             """3000 0100  0600 0100 0200 0000  0600 0200 0600 0000
             1400 0300 0a600001 00000000 00000000 00000000  0600 0400 0050 0000
