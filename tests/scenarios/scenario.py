@@ -11,8 +11,8 @@ from pyproxy.config import Config
 from pyproxy.manifests.resolve import Memory, resolve
 from pyproxy.manifests.resolve import Settings as ManifestSettings
 from pyproxy.model import Forward
-from pyproxy.render import Settings, by_owner, nft_ruleset, rules_text, scenes
-from pyproxy.rules import listeners, nftables
+from pyproxy.render import Settings, by_owner, ipvs_ruleset, nft_ruleset, rules_text, scenes
+from pyproxy.rules import ipvs, listeners, nftables
 from tests.manifest_builders import DUAL
 
 FOLDER = Path(__file__).parent
@@ -22,6 +22,7 @@ NODE_IPS = ("192.0.2.11", "fd00:c0de::11")
 ORIGINS = ("pod", "node", "outside")
 COMPILERS = {
     "nftables": lambda scene: partial(nftables.compile_owner, nft_ruleset(scene)),
+    "ipvs": lambda scene: partial(ipvs.compile_owner, ipvs_ruleset(scene)),
     "userspace": lambda scene: listeners.compile_owner,
 }
 
