@@ -156,11 +156,11 @@ class Ipvs:
     def _family_id(self) -> int:
         body = GENERIC.pack(GETFAMILY, 1, 0)
         self._must(Message(CONTROLLER, 0, body + attribute(FAMILY_NAME, NAME)))  # loads the module
-        for answer in self._netlink.dump(CONTROLLER, body):
-            values = dict(attributes(answer, GENERIC.size))
-            if values.get(FAMILY_NAME) == NAME:
-                return _u16(values[FAMILY_ID])
-        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        answers = [dict(attributes(a, GENERIC.size)) for a in self._netlink.dump(CONTROLLER, body)]
+        ids = [_u16(values[FAMILY_ID]) for values in answers if values.get(FAMILY_NAME) == NAME]
+        if not ids:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return ids[0]
 
     def _must(self, message: Message) -> None:
         (code,) = self._netlink.carry_out([message])
