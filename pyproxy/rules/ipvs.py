@@ -4,6 +4,10 @@ A virtual server is for one address, protocol and port, and has the backends of 
 beyond the cluster, or of the cluster IP: those that most connections come for. What no virtual
 server can do is for table ``pyproxy-ipvs``: to refuse, drop, guard and masquerade; and where pods
 and the node reach more backends than strangers, it picks for them as mode nftables does.
+
+So it does for everybody where clients are to be remembered for a short time only: a virtual server
+remembers a client for as long as any connection of the client, and that one for two minutes after
+its end, or five minutes after the last datagram.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,6 +50,7 @@ SERVED = "served"  # a set: the frontends that virtual servers serve
 FALLBACK = "rr"  # the scheduler in the stead of one that the kernel has not
 # Schedulers that go on sending new connections to a destination of weight 0, and refuse them.
 WITHOUT_DRAINING = frozenset({"dh"})
+BRIEF_SECONDS = 300  # of session affinity: less is not for virtual servers
 WEIGHTED: Mapping[str, str] = {"rr": "wrr", "lc": "wlc"}
 
 
@@ -99,7 +104,10 @@ CARRIED = entrance_of("carried", Rule("carried", (Verdict("accept"),)))
 
 def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Key, Content]) -> Items:
     """Return the items of one owner; ``before`` has those it had."""
-    items: Items = {}
+    if is_brief(port):
+        part = nftables.compile_owner(ruleset.table, port, table_part(before))
+        return widened(part) | local_cluster_ips(port)
+    items = local_cluster_ips(port)
     for route in port.routes:
         place = SERVICE if route.frontend.ip else NODE_PORT
         key = frontend_key(route.frontend)
@@ -107,7 +115,6 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Key, Content
         if route.kind == "ClusterIP":
             ip = route.frontend.ip
             items[Item("cluster-ips", packed_ip(ip), port.owner)] = PRESENT
-            items[LocalAddress(ip, None, port.owner)] = BOUND
         if route.allowed_sources is not None:
             items |= widened(guarded(key, route.allowed_sources))
         pool = carried_pool(route)
@@ -116,6 +123,18 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Key, Content
     for address in local_backends(port):
         items[Item("hairpin", hairpin_key(address, port.owner.proto), port.owner)] = PRESENT
     return items
+
+
+def is_brief(port: PortPlan) -> bool:
+    """Say whether clients are remembered for too short a time for virtual servers."""
+    pools = (pool_of(route.from_node) for route in port.routes)
+    seconds = next((pool.affinity_seconds for pool in pools if pool is not None), None)
+    return seconds is not None and seconds < BRIEF_SECONDS
+
+
+def local_cluster_ips(port: PortPlan) -> Items:
+    ips = (route.frontend.ip for route in port.routes if route.kind == "ClusterIP")
+    return {LocalAddress(ip, None, port.owner): BOUND for ip in ips}
 
 
 def carried_pool(route: Route) -> Pool | None:
@@ -176,6 +195,8 @@ def server(
 
 def wanted_schedulers(ruleset: Ruleset, port: PortPlan) -> frozenset[str]:
     """Return the schedulers that the virtual servers of an owner should have."""
+    if is_brief(port):
+        return frozenset()
     pools = {id(pool): pool for route in port.routes if (pool := carried_pool(route)) is not None}
     return frozenset(scheduler_of(ruleset, pool) for pool in pools.values())
 

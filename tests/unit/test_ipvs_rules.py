@@ -8,6 +8,8 @@ from pyproxy.model import Frontend
 from pyproxy.plan import plan_port
 from pyproxy.rules import nftables
 from pyproxy.rules.ipvs import (
+    BOUND,
+    BRIEF_SECONDS,
     Destination,
     LocalAddress,
     Ruleset,
@@ -109,8 +111,18 @@ def test_policy_local_whose_endpoints_are_all_local_needs_no_picks():
 
 
 def test_affinity_is_the_virtual_servers():
-    found = items(endpoint(1), affinity_seconds=30, node_port=30080)
-    assert set(servers(found).values()) == {Server("rr", 30)}
+    found = items(endpoint(1), affinity_seconds=BRIEF_SECONDS, node_port=30080)
+    assert set(servers(found).values()) == {Server("rr", BRIEF_SECONDS)}
+
+
+def test_brief_affinity_is_the_tables():
+    found = items(endpoint(1), remote(2), affinity_seconds=BRIEF_SECONDS - 1, **LOCAL)
+    port = plan_port(
+        service_port(affinity_seconds=BRIEF_SECONDS - 1, **LOCAL), [endpoint(1), remote(2)], SITE
+    )
+    local = LocalAddress(VIP, None, owner())
+    assert found == {**nftables.compile_owner(TABLE, port, {}), local: BOUND}
+    assert not wanted_schedulers(RULESET, port)
 
 
 @pytest.mark.parametrize(
