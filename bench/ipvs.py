@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import subprocess
 import sys
 from functools import partial
 from ipaddress import ip_network
@@ -21,14 +22,14 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench._cluster import NODE_IP, PORT, TARGET_PORT, Cluster, service_name
-from bench._lab import isolate, make_network
+from bench._lab import ROOT, make_network
 from pyproxy.model import Address, Endpoint, Frontend, ServicePort, ServicePortName
 from pyproxy.plan import Plan, PortPlan, Site, plan_port
-from pyproxy.process import SystemClock
+from pyproxy.process import SystemClock, calm_collector
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.proxier._ipvsnl import Ipvs
-from pyproxy.proxier._ipvstarget import IpvsTarget, delete_all
-from pyproxy.proxier._nftarget import NfTarget, delete_tables
+from pyproxy.proxier._ipvstarget import IpvsTarget
+from pyproxy.proxier._nftarget import NfTarget
 from pyproxy.proxier._vips import RTPROT_IPVS, Vips
 from pyproxy.reconcile import Reconciler
 from pyproxy.rules import ipvs_base, nftables
@@ -70,25 +71,35 @@ class Figures(NamedTuple):
 
 def main() -> None:
     options = arguments()
+    if options.part:
+        make_network()
+        calm_collector()  # as the proxy does
+        print(json.dumps(PARTS[options.part](Cluster(*options.size))))
+        return
     go_where_ip_vs_is(options)
-    isolate("bench.ipvs")
-    make_network()
-    cluster = Cluster(*options.size)
-    clear()
-    ours = messages_us(cluster)
-    clear()
-    theirs = pyroute2_us(cluster)
-    clear()
-    figures = asyncio.run(mode(cluster))
+    size = "x".join(map(str, options.size))
+    ours, theirs = part("messages", size), part("pyroute2", size)
+    mode = part("mode", size)
     results = {
-        "size": "x".join(map(str, options.size)),
+        "size": size,
         "a message, us": {"pyproxy": ours, "pyroute2": theirs, "ratio": theirs / ours},
-        "mode ipvs": figures._asdict()
-        | {"pyroute2 / a message of a full sync": theirs / figures.full_us_per_message},
+        "mode ipvs": mode
+        | {"pyroute2 / a message of a full sync": theirs / mode["full_us_per_message"]},
     }
     print(json.dumps(results, indent=1))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def part(name: str, size: str):
+    """Measure in a process and a network namespace of its own.
+
+    What was deleted stays in the kernel for minutes, and each new destination is looked for there.
+    """
+    own = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
+    words = [*own, sys.executable, "-m", "bench.ipvs", f"--part={name}", f"--size={size}"]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
 
 
 def go_where_ip_vs_is(options: argparse.Namespace) -> None:
@@ -98,15 +109,10 @@ def go_where_ip_vs_is(options: argparse.Namespace) -> None:
     except OSError as error:
         if options.here:
             raise SystemExit(f"the kernel has no ip_vs: {error.strerror}") from error
-        os.chdir(Path(__file__).parents[1])
+        os.chdir(ROOT)
         guest = [sys.executable, "-m", "tests.guest.vm", "--timeout", str(GUEST_SECONDS)]
         this = [sys.executable, "-m", "bench.ipvs", "--here", *sys.argv[1:]]
         os.execv(sys.executable, [*guest, *this])
-
-
-def clear() -> None:
-    delete_all(4)
-    delete_tables([ipvs_base.table(4)])
 
 
 # --- messages alone -------------------------------------------------------------------------------
@@ -156,7 +162,11 @@ def pyroute2_us(cluster: Cluster) -> float:
 # --- the mode -------------------------------------------------------------------------------------
 
 
-async def mode(cluster: Cluster) -> Figures:
+def mode(cluster: Cluster) -> dict[str, float]:
+    return asyncio.run(measured(cluster))._asdict()
+
+
+async def measured(cluster: Cluster) -> Figures:
     await synced(carrier_of_mode(), Plan(), set())  # the kernel loads its modules
     plan = Plan()
     for number in range(cluster.services):
@@ -212,12 +222,16 @@ def port_plan(cluster: Cluster, number: int) -> PortPlan:
     return plan_port(port, endpoints, SITE)
 
 
+PARTS = {"messages": messages_us, "pyroute2": pyroute2_us, "mode": mode}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="300x5")
     parser.add_argument("--size", type=size, help="Services x endpoints")
     parser.add_argument("--json", type=lambda text: Path(text).absolute(), help="for the figures")
     parser.add_argument("--here", action="store_true", help="in no virtual machine")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.size = options.size or ((300, 5) if options.quick else (10_000, 10))
     return options

@@ -7,10 +7,11 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from socket import AF_INET6, inet_aton, inet_pton
 from typing import NamedTuple
 
 from pyproxy.model import Address, Family, Frontend, Proto
-from pyproxy.proxier._netlink import Message, Netlink, attribute, attributes
+from pyproxy.proxier._netlink import ATTRIBUTE, Message, Netlink, attribute, attributes
 from pyproxy.rules.ipvs import Destination, Server
 from pyproxy.rules.nft import PROTO_NUMBERS, packed_ip
 
@@ -39,9 +40,15 @@ AT_ONCE = 512  # messages of one send
 
 GENERIC = struct.Struct("=BBH")
 U32 = struct.Struct("=I")
-# Attribute DEST in one go, for they are most of all messages: each attribute's length and kind.
-DEST_PLACE = struct.Struct("=HH HH16s HH2s2x")
-DEST_WHOLE = struct.Struct("=HH HH16s HH2s2x HHI HHI HHI HHI")
+# Attribute DEST in one go, for they are most of all messages: what is the same in all of them is
+# packed once. Of the whole, 64 bytes, only address, port and weight differ.
+DEST_PLACE = struct.Struct("=8s16s4s2s2x")
+DEST_WHOLE = struct.Struct("=8s16s4s2s2x12sI16s")
+ADDRESS_HEAD, PORT_HEAD = ATTRIBUTE.pack(20, D_ADDR), ATTRIBUTE.pack(6, D_PORT)
+PLACE_HEAD = ATTRIBUTE.pack(DEST_PLACE.size, DEST) + ADDRESS_HEAD
+WHOLE_HEAD = ATTRIBUTE.pack(DEST_WHOLE.size, DEST) + ADDRESS_HEAD
+METHOD = attribute(D_METHOD, bytes(4)) + ATTRIBUTE.pack(8, D_WEIGHT)  # masquerading
+LIMITS = attribute(D_UPPER, bytes(4)) + attribute(D_LOWER, bytes(4))  # none
 AFS: Mapping[Family, int] = {4: socket.AF_INET, 6: socket.AF_INET6}
 PROTOS: Mapping[int, Proto] = {number: proto for proto, number in PROTO_NUMBERS.items()}
 ANY_HOST: Mapping[Family, int] = {4: 0xFFFFFFFF, 6: 128}  # a netmask, and a prefix length
@@ -226,17 +233,13 @@ def _server(frontend: Frontend, server: Server) -> bytes:
 
 
 def _destination(destination: Destination, weight: int | None) -> bytes:
-    ip, port = destination.address
-    head = nested_place(destination.server)
-    where = (20, D_ADDR, packed_ip(ip), 6, D_PORT, port.to_bytes(2, "big"))
+    (ip, port), head = destination.address, nested_place(destination.server)
+    packed = inet_pton(AF_INET6, ip) if ":" in ip else inet_aton(ip)
     if weight is None:
-        return head + DEST_PLACE.pack(DEST_PLACE.size, DEST, *where)
-    masquerading, unlimited = 0, 0
+        return head + DEST_PLACE.pack(PLACE_HEAD, packed, PORT_HEAD, port.to_bytes(2, "big"))
     return head + DEST_WHOLE.pack(
-        DEST_WHOLE.size, DEST, *where,
-        8, D_METHOD, masquerading, 8, D_WEIGHT, weight,
-        8, D_UPPER, unlimited, 8, D_LOWER, unlimited,
-    )  # fmt: skip
+        WHOLE_HEAD, packed, PORT_HEAD, port.to_bytes(2, "big"), METHOD, weight, LIMITS
+    )
 
 
 def why_not(request: Request, code: int) -> str:
