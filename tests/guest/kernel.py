@@ -57,8 +57,11 @@ def modules_in(folder: Path) -> Path:
 
 
 def fetch(folder: Path) -> None:
-    package = newest()
-    run("apt-get", "-qq", "download", package, folder=folder)
+    try:
+        run("apt-get", "-qq", "download", newest(), folder=folder)
+    except CannotBoot:  # the lists are missing, or too old
+        run("apt-get", "-qq", "update")
+        run("apt-get", "-qq", "download", newest(), folder=folder)
     (archive,) = folder.glob("*.deb")
     run("dpkg", "-x", archive.name, ".", folder=folder)
     archive.unlink()

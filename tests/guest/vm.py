@@ -22,7 +22,7 @@ from tests.guest.kernel import CannotBoot, Kernel, cpio, prepared
 TOO_LATE, NO_BOOT = 124, 125
 QEMU = "qemu-system-x86_64"
 VIRTIOFSD = (Path("/usr/libexec/virtiofsd"), Path("/usr/lib/qemu/virtiofsd"))
-KEPT = ("CI", "HOME", "PATH", "TERM")  # of the environment
+KEPT = ("CI", "HOME", "PATH")  # of the environment
 
 START = """
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
@@ -43,7 +43,7 @@ echo o > /proc/sysrq-trigger; sleep 60
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS")
+    parser.add_argument("--timeout", type=float, default=1200, metavar="SECONDS")
     parser.add_argument("--memory", default="2G")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
