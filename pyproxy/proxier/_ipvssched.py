@@ -18,6 +18,7 @@ from pyproxy.reconcile import Proxier
 from pyproxy.report import SyncReport
 from pyproxy.rules.ipvs import FALLBACK, Server
 
+NAMED = 5  # Services, in one line of the log
 PROBE = Frontend("198.51.100.0", 20000, "TCP")  # RFC 5737: nobody's address
 
 log = logging.getLogger(__name__)
@@ -87,11 +88,9 @@ class Scheduled:
         }
         await self._schedulers.ask(frozenset().union(*wanted.values()))
         missing = self._schedulers.missing
-        lacking = {(owner, name) for owner, names in wanted.items() for name in names & missing}
-        for owner, name in sorted(lacking - self._told):
-            fields = {"service": owner, "scheduler": name, "instead": FALLBACK}
-            log.warning("the kernel has no such scheduler", extra=fields)
-        self._told = {told for told in self._told if told[0] not in wanted} | lacking
+        lacking = {(name, owner) for owner, names in wanted.items() for name in names & missing}
+        tell(lacking - self._told)
+        self._told = {told for told in self._told if told[1] not in wanted} | lacking
         return await self._inner.sync(plan, changed)
 
     def distrust(self) -> None:
@@ -103,3 +102,13 @@ class Scheduled:
 
     async def aclose(self) -> None:
         await self._inner.aclose()
+
+
+def tell(lacking: set[tuple[str, str]]) -> None:
+    """Log each scheduler, with the Services that should have had it."""
+    for scheduler in sorted({name for name, _owner in lacking}):
+        owners = sorted(owner for name, owner in lacking if name == scheduler)
+        more = [f"and {len(owners) - NAMED} more"] if len(owners) > NAMED else []
+        services = ", ".join([*owners[:NAMED], *more])
+        fields = {"scheduler": scheduler, "instead": FALLBACK, "services": services}
+        log.warning("the kernel has no such scheduler", extra=fields)

@@ -76,8 +76,9 @@ def prepare(config: Config) -> tuple[str, ...]:
         try:
             if any(seconds):
                 ipvs.set_timeouts(*map(int, seconds))
-            if missing_among({config.ipvs.scheduler or FALLBACK}, ipvs):
-                unset += (no_default(config.ipvs.scheduler),)
+            scheduler = config.ipvs.scheduler or FALLBACK
+            if missing_among({scheduler}, ipvs):
+                unset += (no_default(scheduler),)
         finally:
             ipvs.close()
     except OSError as error:
@@ -110,10 +111,9 @@ def build(env: Env) -> Proxier:
 
 def connect(env: Env) -> tuple[Ipvs, Leads]:
     vips = Vips(env.family, source_of(env), mark=RTPROT_IPVS)
-    leads = (
-        Shown(vips, env.family, partial(own_ips, env)) if env.config.ipvs.bind_addresses else vips
-    )
-    return Ipvs(env.family), leads
+    if env.config.ipvs.bind_addresses:
+        return Ipvs(env.family), Shown(vips, env.family, partial(own_ips, env))
+    return Ipvs(env.family), vips
 
 
 async def cleanup(family: Family, config: Config, *, ours: bool = True) -> str | None:

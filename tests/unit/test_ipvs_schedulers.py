@@ -74,6 +74,14 @@ async def test_each_service_that_lacks_its_scheduler_is_named_once(schedulers, c
     plan = planned("mh", "rr", "sh")
     for _ in range(2):
         await subject.sync(plan, set(plan.ports))
-    told = [(r.service, r.scheduler, r.instead) for r in caplog.records if r.message == MESSAGE]
-    assert told == [("default/mh", "mh", "rr"), ("default/sh", "sh", "rr")]
+    told = [(r.scheduler, r.instead, r.services) for r in caplog.records if r.message == MESSAGE]
+    assert told == [("mh", "rr", "default/mh"), ("sh", "rr", "default/sh")]
     assert inner.synced == [set(plan.ports)] * 2
+
+
+async def test_of_very_many_services_some_are_named(schedulers, caplog):
+    subject = Scheduled(Inner(), schedulers, lambda _port: frozenset({"mh"}))
+    plan = planned(*"abcdefgh")
+    await subject.sync(plan, set(plan.ports))
+    named = ", ".join(f"default/{name}" for name in "abcde")
+    assert [r.services for r in caplog.records] == [f"{named}, and 3 more"]

@@ -60,3 +60,33 @@ def hexes(text):
 )
 def test_messages_are_what_ip_vs_reads(request_, body):
     assert request_.body == hexes(body)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(
+            {
+                nl.STATS: bytes(4),
+                nl.STATS64: hexes(
+                    """0c00 0100 0300000000000000  0c00 0200 1e00000001000000
+                    0c00 0300 1400000000000000  0c00 0400 b80b000000000000
+                    0c00 0500 d007000000000000  0c00 0600 0000000000000000"""
+                ),
+            },
+            id="of 64 bits",
+        ),
+        pytest.param(
+            {
+                nl.STATS: hexes(
+                    """0800 0100 03000000  0800 0200 1e000000  0800 0300 14000000
+                    0c00 0400 b80b000000000000  0c00 0500 d007000000000000  0800 0600 00000000"""
+                )
+            },
+            id="of 32 bits, of old kernels",
+        ),
+    ],
+)
+def test_counters_are_connections_packets_and_bytes_of_both_ways(values):
+    many = 1 << 32 if nl.STATS64 in values else 0
+    assert nl.counts_of(values) == nl.Counts(3, 30 + many, 20, 3000, 2000)
