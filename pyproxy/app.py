@@ -306,7 +306,10 @@ class App:
 
         A process of its own, so that this one never imports a mode that it does not run.
         """
-        words = (sys.executable, "-m", "pyproxy", "cleanup", f"--keep={self._settings.config.mode}")
+        config = self._settings.config
+        words = [sys.executable, "-m", "pyproxy", "cleanup", f"--keep={config.mode}"]
+        if config.ipvs.exclude_cidrs:
+            words.append(f"--ipvs-exclude-cidrs={','.join(config.ipvs.exclude_cidrs)}")
         try:
             async with asyncio.timeout(CLEANUP_SECONDS):
                 process = await asyncio.create_subprocess_exec(

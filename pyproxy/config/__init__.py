@@ -87,7 +87,10 @@ class IPTables(Struct, frozen=True, rename=file_name):
 
 
 class IPVS(Struct, frozen=True, rename=file_name):
-    """Mode ipvs. A timeout of zero leaves the kernel's."""
+    """Mode ipvs. A timeout of zero leaves the kernel's.
+
+    The last two settings are our own: kube-proxy has none of these names.
+    """
 
     sync_period_seconds: Seconds = 30.0
     min_sync_period_seconds: Seconds = 0.0
@@ -97,6 +100,8 @@ class IPVS(Struct, frozen=True, rename=file_name):
     tcp_timeout_seconds: Seconds = 0.0
     tcp_fin_timeout_seconds: Seconds = 0.0
     udp_timeout_seconds: Seconds = 0.0
+    bind_addresses: bool = False  # show Service addresses on the device kube-ipvs0
+    drain_timeout_seconds: Seconds = 900.0  # for the last connections of an endpoint; 0 cuts them
 
 
 class NFTables(Struct, frozen=True, rename=file_name):

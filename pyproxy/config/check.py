@@ -57,6 +57,7 @@ _NOT_NEGATIVE_IN_IPVS: Final = (
     "ipvs.tcp_timeout_seconds",
     "ipvs.tcp_fin_timeout_seconds",
     "ipvs.udp_timeout_seconds",
+    "ipvs.drain_timeout_seconds",
 )
 _NEEDED_TO_DETECT: Final = {
     "BridgeInterface": "detect_local.bridge_interface",

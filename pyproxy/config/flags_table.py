@@ -220,6 +220,20 @@ GROUPS: Final = (
                 "Mode ipvs: the same, for UDP.",
             ),
             Flag(
+                "ipvs-bind-addresses",
+                BOOL,
+                "ipvs.bind_addresses",
+                "Mode ipvs: show Service addresses on the device kube-ipvs0, for tools that look "
+                "there.",
+            ),
+            Flag(
+                "ipvs-drain-timeout",
+                DURATION,
+                "ipvs.drain_timeout_seconds",
+                "Mode ipvs: how long an endpoint that goes keeps its last connections; 0 cuts "
+                "them at once.",
+            ),
+            Flag(
                 "conntrack-max-per-core",
                 INTEGER,
                 "conntrack.max_per_core",

@@ -57,7 +57,7 @@ class Mode(Protocol):
         """Return the proxier of one family. It opens nothing: the first sync does."""
         ...
 
-    async def cleanup(self, family: Family, *, ours: bool = True) -> str | None:
+    async def cleanup(self, family: Family, config: Config, /, *, ours: bool = True) -> str | None:
         """Remove every trace of the mode and of its like in kube-proxy; return what went wrong.
 
         Without ``ours``, remove only what kube-proxy alone can have left.

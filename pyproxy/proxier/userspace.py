@@ -45,7 +45,7 @@ def build(env: Env) -> Proxier:
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
-async def cleanup(family: Family, *, ours: bool = True) -> str | None:
+async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
     """Remove the local routes: all that outlives the process. kube-proxy has none."""
     if not ours:
         return None
@@ -119,7 +119,7 @@ class Frontends:
 
     async def clear(self) -> None:
         """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""
-        problem = await cleanup(self._env.family)
+        problem = await cleanup(self._env.family, self._env.config)
         self._local.clear()
         if problem is not None:
             raise ApplyError(problem)

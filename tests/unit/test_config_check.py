@@ -109,6 +109,7 @@ CASES = [
         "ipvs.tcpFinTimeout: -1s is negative",
     ),
     ({"mode": "ipvs", "ipvs__udp_timeout_seconds": -1.0}, "ipvs.udpTimeout: -1s is negative"),
+    ({"mode": "ipvs", "ipvs__drain_timeout_seconds": -1.0}, "ipvs.drainTimeout: -1s is negative"),
     (
         {"mode": "ipvs", "ipvs__exclude_cidrs": ("10.0.0.0/8", "10.0.0.1")},
         'ipvs.excludeCIDRs[1]: "10.0.0.1" is not a CIDR such as 10.0.0.0/8 or fd00::/64',
