@@ -7,13 +7,16 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from pyproxy.config import (
+    CAPTURES,
     DETECT_LOCAL_MODES,
     GATES,
     IPVS,
     MODES,
     PRIMARY,
+    SOCKET_LB,
     Config,
     LogOptions,
+    Userspace,
     VModule,
     Winkernel,
     cluster_cidrs,
@@ -40,6 +43,7 @@ _RANGES: Final = (
     ("iptables.masquerade_bit", 0, 31),
     ("nftables.masquerade_bit", 0, 31),
     ("oom_score_adj", -1000, 1000),
+    ("userspace.workers", 0, 256),
 )
 _NOT_NEGATIVE: Final = (
     "client_connection.burst",
@@ -51,6 +55,7 @@ _NOT_NEGATIVE: Final = (
     "conntrack.tcp_close_wait_timeout_seconds",
     "conntrack.udp_timeout_seconds",
     "conntrack.udp_stream_timeout_seconds",
+    "userspace.drain_timeout_seconds",
 )
 _NOT_NEGATIVE_IN_IPVS: Final = (
     "ipvs.tcp_timeout_seconds",
@@ -138,6 +143,13 @@ def _address_problems(config: Config) -> Iterator[str]:
 def _mode_problems(config: Config) -> Iterator[str]:
     if config.mode not in MODES:
         yield f"mode: {_not_one_of(config.mode, MODES)}"
+    own = config.userspace
+    if own.capture not in CAPTURES:
+        yield f"userspace.capture: {_not_one_of(own.capture, CAPTURES)}"
+    if own.socket_lb not in SOCKET_LB:
+        yield f"userspace.socketLB: {_not_one_of(own.socket_lb, SOCKET_LB)}"
+    if own.runtime_dir and not own.runtime_dir.startswith("/"):
+        yield f'userspace.runtimeDir: "{own.runtime_dir}" is not an absolute path'
 
 
 def _period_problems(config: Config) -> Iterator[str]:
@@ -250,6 +262,8 @@ def _warnings(config: Config) -> Iterator[str]:
         yield f'featureGates: "{name}" means nothing here{did_you_mean(name, GATES)}'
     if config.mode not in ("auto", "ipvs") and _ipvs_is_set(config.ipvs):
         yield f"ipvs: is accepted, and has no effect in mode {config.mode}"
+    if config.mode not in ("auto", "userspace") and config.userspace != Userspace():
+        yield f"userspace: is accepted, and has no effect in mode {config.mode}"
     if config.winkernel != Winkernel() or config.windows_run_as_service:
         yield "winkernel: is accepted, and has no effect on Linux"
     if config.port_range:
