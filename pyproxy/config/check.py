@@ -148,6 +148,8 @@ def _mode_problems(config: Config) -> Iterator[str]:
         yield f"userspace.capture: {_not_one_of(own.capture, CAPTURES)}"
     if own.socket_lb not in SOCKET_LB:
         yield f"userspace.socketLB: {_not_one_of(own.socket_lb, SOCKET_LB)}"
+    if own.cgroup and not own.cgroup.startswith("/"):
+        yield f'userspace.cgroup: "{own.cgroup}" is not an absolute path'
     if own.runtime_dir and not own.runtime_dir.startswith("/"):
         yield f'userspace.runtimeDir: "{own.runtime_dir}" is not an absolute path'
 

@@ -17,6 +17,8 @@ from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import surroundings
 from pyproxy.proxier._fronts import Fronts
+from pyproxy.proxier._socketlb import Balanced
+from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
 from pyproxy.proxier._unclaimed import Unclaimed, Unsupported
@@ -40,7 +42,7 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 
 def build(env: Env) -> Proxier:
-    target = Frontends(env)
+    target = Balanced(env, Frontends(env))
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
@@ -50,9 +52,10 @@ async def cleanup(family: Family, *, ours: bool = True) -> str | None:
         return None
     routes = Vips(family, None)
     try:
+        remove_pins(family)
         left = routes.remove(routes.listed())
     except OSError as error:
-        return f"cannot list local routes: {error.strerror}"
+        return f"cannot remove local routes and programs: {error}"
     finally:
         routes.close()
     return "; ".join(left.values()) or None

@@ -104,15 +104,16 @@ def program(hook: Hook, maps: Fds, *, can_refuse: bool) -> bytes:
         pick(asm, maps)
         remember(asm, hook, maps)
         write_address(asm, hook.family, BACKEND)
+        asm.exit(1)
+        asm.label("refuse")
+        if can_refuse:
+            asm.set(R1, REFUSED)
+            asm.call(SET_RETVAL)
+            asm.exit(0)
     else:
         restore(asm, hook, maps)
     asm.label("pass")
     asm.exit(1)
-    asm.label("refuse")
-    if can_refuse:
-        asm.set(R1, REFUSED)
-        asm.call(SET_RETVAL)
-    asm.exit(0 if can_refuse else 1)
     return asm.code()
 
 
@@ -145,7 +146,9 @@ def find_origin(asm: Assembler, hook: Hook, maps: Fds) -> None:
     asm.load(R2, R6, SOCKET)
     asm.jump_if(R2, "==", 0, "pass")
     if hook.family == 4:
-        asm.load(R3, R2, SOURCE_IP4, 1)
+        asm.load(R3, R2, SOURCE_IP4, 4)
+        asm.store(FP, NOBODY, R3, 4)
+        asm.load(R3, FP, NOBODY, 1)
         asm.jump_if(R3, "==", 127, "pass")
     cookie(asm, NETNS_COOKIE, CLIENT)
     look_up(asm, maps.origins, CLIENT)
