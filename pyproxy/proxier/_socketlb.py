@@ -20,7 +20,7 @@ from pyproxy.proxier._socketlb_kernel import SocketBalancer
 from pyproxy.proxier._socketlb_site import Off, chosen_cgroup, pins, remove_pins
 from pyproxy.reconcile import Target
 from pyproxy.rules.listeners import Listener
-from pyproxy.rules.socketlb import NODE, POD, packed_ip
+from pyproxy.rules.socketlb import NODE, POD, mapped_ip
 
 PUT_AT_ONCE = 200  # frontends, until the loop may do something else
 
@@ -194,4 +194,4 @@ class Condemned:
         if frontends is None or service is None:
             return False
         ip, port = service
-        return any(f.port == port and (not f.ip or packed_ip(f.ip) == ip) for f in frontends)
+        return any(f.port == port and (not f.ip or mapped_ip(f.ip) == ip) for f in frontends)

@@ -8,6 +8,7 @@ that exist goes on in pinned maps: flows, affinity, and what a backend stands fo
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 
 from pyproxy.model import Address, Family, Frontend
@@ -26,8 +27,8 @@ from pyproxy.rules.socketlb import (
     Write,
     changes,
     content,
+    mapped_ip,
     packed_address,
-    packed_ip,
 )
 from pyproxy.rules.socketlb_code import ATTACH, HOOKS, Fds, Hook, program
 
@@ -96,9 +97,9 @@ class SocketBalancer:
         """Serve node ports at these addresses, each for a set of origins. Raises ``OSError``."""
         for ip, origins in addresses.items():
             if self._addresses.get(ip) != origins:
-                self._maps["addresses"][packed_ip(ip)] = struct.pack("=I", origins)
+                self._maps["addresses"][mapped_ip(ip)] = struct.pack("=I", origins)
         for ip in self._addresses.keys() - addresses.keys():
-            del self._maps["addresses"][packed_ip(ip)]
+            del self._maps["addresses"][mapped_ip(ip)]
         self._addresses = dict(addresses)
 
     def attach(self) -> None:
@@ -130,11 +131,12 @@ class SocketBalancer:
             handle.close()
 
     def _write(self, writes: Iterable[Write]) -> None:
-        for table, key, value in writes:
-            if value is None:
-                del self._maps[table][key]
+        """Write in this order; those that follow one another in a map are one system call."""
+        for (table, gone), group in groupby(writes, key=lambda w: (w.table, w.value is None)):
+            if gone:
+                self._maps[table].discard(write.key for write in group)
             else:
-                self._maps[table][key] = value
+                self._maps[table].update([(w.key, w.value) for w in group if w.value is not None])
 
     def _map(self, name: str) -> _bpf.Map:
         kind, key_size, value_size, entries, flags = SHAPES[name]

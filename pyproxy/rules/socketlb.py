@@ -8,7 +8,6 @@ frontend here, or none for their origin, go on to the address they asked for.
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from ipaddress import IPv4Address, IPv6Address
 from typing import Literal, NamedTuple
 
 from msgspec import Struct
@@ -16,6 +15,7 @@ from msgspec import Struct
 from pyproxy.balancer import turn_of
 from pyproxy.model import Action, Address, Forward, Frontend, Pool, Proto, Reject, family_of
 from pyproxy.rules.listeners import Listener
+from pyproxy.rules.nft import packed_ip
 from pyproxy.rules.slots import settled
 
 Table = Literal["frontends", "slots", "members"]
@@ -71,14 +71,20 @@ def content(
     old = before.slots if before is not None else {}
     slots: dict[bytes, bytes] = {}
     members: set[bytes] = set()
+    sizes = {FOR_PODS: 0, node_list: 0}
     for number, pool in {FOR_PODS: from_pod, node_list: from_node}.items():
         if pool is not None:
-            slots |= numbered(list_key(frontend, number), pool, old)
+            found = numbered(list_key(frontend, number), pool, old)
+            slots |= found
+            sizes[number] = len(found)
             if pool.affinity_seconds is not None:
                 members |= memberships(frontend, number, (b.address for b in pool.backends))
     if frontend.proto == "UDP":
         members |= memberships(frontend, SERVING, listener.serving)
-    counts = count(route.from_pod), count(route.from_node)
+    counts = (
+        slot_count(route.from_pod, sizes[FOR_PODS]),
+        slot_count(route.from_node, sizes[node_list]),
+    )
     if counts == (0, 0):
         return None
     affinity = next((p.affinity_seconds for p in pools if p.affinity_seconds is not None), 0)
@@ -124,11 +130,9 @@ def pool_of(action: Action) -> Pool | None:
     return action.pool if isinstance(action, Forward) else None
 
 
-def count(action: Action) -> int:
+def slot_count(action: Action, size: int) -> int:
     """Return the number of slots; 0 leaves it to the listeners, which know how to be silent."""
-    if isinstance(action, Forward):
-        return len(turn_of(action.pool))
-    return REFUSE if isinstance(action, Reject) else 0
+    return REFUSE if isinstance(action, Reject) else size
 
 
 def numbered(key: bytes, pool: Pool, old: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
@@ -147,16 +151,16 @@ def kind_of(frontend: Frontend) -> int:
 
 
 def list_key(frontend: Frontend, last: int) -> bytes:
-    ip = packed_ip(frontend.ip) if frontend.ip else bytes(16)
+    ip = mapped_ip(frontend.ip) if frontend.ip else bytes(16)
     return KEY.pack(ip, frontend.port.to_bytes(2, "big"), NUMBERS[frontend.proto], last)
 
 
 def packed_address(address: Address) -> bytes:
-    return BACKEND.pack(packed_ip(address.ip), address.port.to_bytes(2, "big"), 0)
+    return BACKEND.pack(mapped_ip(address.ip), address.port.to_bytes(2, "big"), 0)
 
 
-def packed_ip(ip: str) -> bytes:
-    return MAPPED + IPv4Address(ip).packed if family_of(ip) == 4 else IPv6Address(ip).packed
+def mapped_ip(ip: str) -> bytes:
+    return MAPPED + packed_ip(ip) if family_of(ip) == 4 else packed_ip(ip)
 
 
 def owner_id(listener: Listener) -> bytes:
