@@ -164,7 +164,7 @@ class SocketBalancer:
             for hook in HOOKS[self._family]:
                 loaded[hook] = _bpf.load_program(
                     _bpf.CGROUP_SOCK_ADDR,
-                    program(hook, fds, can_refuse=can_refuse),
+                    program(hook, self._family, fds, can_refuse=can_refuse),
                     attach=ATTACH[hook],
                     name=f"pyproxy_{hook}",
                 )

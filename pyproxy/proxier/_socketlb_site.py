@@ -8,7 +8,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import NamedTuple
 
-from pyproxy.config import Config, masquerade_all
+from pyproxy.config import Config
 from pyproxy.model import Family
 from pyproxy.proxier._bpf import mount_bpffs
 
@@ -42,8 +42,6 @@ def chosen_cgroup(config: Config) -> Path:
     """
     if config.userspace.socket_lb == "off":
         raise Off("userspace.socketLB is off")
-    if masquerade_all(config, "userspace"):
-        raise Off("masqueradeAll wants endpoints to see the node, which only the relay does")
     if config.userspace.cgroup:
         return Path(config.userspace.cgroup)
     if not HOST_ONLY.exists():

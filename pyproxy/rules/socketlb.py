@@ -6,7 +6,7 @@ frontend here, or none for their origin, go on to the address they asked for.
 """
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
@@ -29,7 +29,7 @@ MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, 2.5.5.2: IPv4 addresses are kept l
 PRESENT = bytes(4)
 
 KEY = struct.Struct("=16s2sBB")  # address, port, protocol, kind or list
-BACKEND = struct.Struct("=16s2sH")  # address, port, zero
+BACKEND = struct.Struct("=16s2sH")  # address, port, whether on this node; zero in keys
 SLOT = struct.Struct("=I20s")  # number, key of the list
 MEMBER = struct.Struct("=20s20s")  # key of the list, backend
 # slots and list for pods, then for the node; turn; affinity in ns; owner; random or in turn
@@ -63,7 +63,7 @@ def content(
     route = listener.route
     if route.allowed_sources is not None or frontend.proto not in NUMBERS:
         return None
-    from_pod, from_node = pool_of(route.from_pod), pool_of(route.from_node)
+    from_pod, from_node = pool_for_pods(route.from_pod), pool_of(route.from_node)
     pools = [pool for pool in (from_pod, from_node) if pool is not None]
     if any(pool.scheduler in ("lc", "sh") for pool in pools):
         return None
@@ -130,13 +130,19 @@ def pool_of(action: Action) -> Pool | None:
     return action.pool if isinstance(action, Forward) else None
 
 
+def pool_for_pods(action: Action) -> Pool | None:
+    """Return the pool, unless endpoints are to see the node: a pod's socket has its own address."""
+    return None if isinstance(action, Forward) and action.masquerade else pool_of(action)
+
+
 def slot_count(action: Action, size: int) -> int:
     """Return the number of slots; 0 leaves it to the listeners, which know how to be silent."""
     return REFUSE if isinstance(action, Reject) else size
 
 
 def numbered(key: bytes, pool: Pool, old: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    wanted: Sequence[bytes] = [packed_address(address) for address in turn_of(pool)]
+    here = {backend.address for backend in pool.backends if backend.is_local}
+    wanted = [packed_address(address, is_local=address in here) for address in turn_of(pool)]
     slots = [SLOT.pack(number, key) for number in range(len(wanted))]
     return dict(zip(slots, settled(wanted, [old.get(slot) for slot in slots]), strict=True))
 
@@ -155,8 +161,8 @@ def list_key(frontend: Frontend, last: int) -> bytes:
     return KEY.pack(ip, frontend.port.to_bytes(2, "big"), NUMBERS[frontend.proto], last)
 
 
-def packed_address(address: Address) -> bytes:
-    return BACKEND.pack(mapped_ip(address.ip), address.port.to_bytes(2, "big"), 0)
+def packed_address(address: Address, *, is_local: bool = False) -> bytes:
+    return BACKEND.pack(mapped_ip(address.ip), address.port.to_bytes(2, "big"), is_local)
 
 
 def mapped_ip(ip: str) -> bytes:

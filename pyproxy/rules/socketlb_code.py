@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from pyproxy.model import Family
-from pyproxy.rules.ebpf import FP, R0, R1, R2, R3, R4, R6, R7, R8, R9, Assembler, Register
+from pyproxy.rules.ebpf import FP, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, Assembler, Register
 from pyproxy.rules.socketlb import AT_NODE, NODE, POD, REFUSE, SERVING
 
 Event = Literal["connect", "sendmsg", "recvmsg", "getpeername"]
@@ -64,6 +64,9 @@ class Fds(NamedTuple):
 
 # Helper functions: enum bpf_func_id.
 LOOKUP, UPDATE, KTIME, RANDOM, SOCKET_COOKIE, NETNS_COOKIE, SET_RETVAL = 1, 2, 5, 7, 46, 122, 187
+FIND_TCP, FIND_UDP, RELEASE = 84, 85, 86
+HERE = -1  # the network namespace of the socket
+UDP = 17
 REFUSED = -111  # ECONNREFUSED
 
 # struct bpf_sock_addr, and of its socket (struct bpf_sock) the bound source address
@@ -74,22 +77,24 @@ SOURCE_IP4, SOURCE_IP6 = 24, 28
 POD_SLOTS, NODE_SLOTS, POD_LIST, NODE_LIST, TURN, AFFINITY_NS, OWNER, AT_RANDOM = (
     0, 4, 8, 12, 16, 24, 32, 40,
 )  # fmt: skip
-BACKEND_SIZE = 20
+BACKEND_SIZE, FLAG = 20, 18  # the flag: on this node
 FLOW_KEY_SIZE = REVERSE_KEY_SIZE = 32
 AFFINITY_KEY_SIZE, AFFINITY_SIZE, USED_AT = 16, 32, 24
 
 # The stack. What stands side by side is a key together: slot and list, list and backend.
 SLOT, KEY, BACKEND = -68, -64, -44
+IS_LOCAL = -72  # whether the backend is on this node
 KEY_PORT, KEY_PROTOCOL, KEY_LIST = KEY + 16, KEY + 18, KEY + 19
 FLOW, SERVICE = -104, -96  # the socket's cookie, and the address asked for
 REVERSE, REVERSE_BACKEND = -136, -128  # the socket's cookie, and its backend
 CLIENT, CLIENT_OWNER = -152, -144  # the namespace's cookie, and the Service port
 REMEMBERED, REMEMBERED_AT = -184, -160  # the backend for an affinity, and now
-NOBODY = -192
+NOBODY = ORIGIN = -192
+TUPLE = -232
 
 
-def program(hook: Hook, maps: Fds, *, can_refuse: bool) -> bytes:
-    """Return the program of a hook.
+def program(hook: Hook, family: Family, maps: Fds, *, can_refuse: bool) -> bytes:
+    """Return the program of a hook, for Services of a family.
 
     Without ``can_refuse`` (before Linux 5.18), what is to be refused goes on to the listeners.
     """
@@ -103,6 +108,8 @@ def program(hook: Hook, maps: Fds, *, can_refuse: bool) -> bytes:
         follow_affinity(asm, maps)
         pick(asm, maps)
         remember(asm, hook, maps)
+        avoid_hairpin(asm, family)
+        note_reverse(asm, maps)
         write_address(asm, hook.family, BACKEND)
         asm.exit(1)
         asm.label("refuse")
@@ -158,6 +165,7 @@ def find_origin(asm: Assembler, hook: Hook, maps: Fds) -> None:
     asm.jump_if(R0, "==", 0, "pass")
     asm.label("origin")
     asm.load(R2, R0, 0, 4)
+    asm.store(FP, ORIGIN, R2, 4)
     asm.compute(R9, "&", R2)
     asm.jump_if(R9, "==", 0, "pass")
     asm.load(R8, R7, POD_SLOTS, 4)
@@ -179,7 +187,7 @@ def follow_flow(asm: Assembler, maps: Fds) -> None:
     """A socket that has sent to this address goes on with its backend, while that serves."""
     look_up(asm, maps.flows, FLOW)
     asm.jump_if(R0, "==", 0, "no flow")
-    copy(asm, FP, BACKEND, R0, 0)
+    take(asm, R0)
     asm.store(FP, KEY_LIST, SERVING, 1)
     look_up(asm, maps.members, KEY)
     asm.jump_if(R0, "!=", 0, "known")
@@ -201,7 +209,7 @@ def follow_affinity(asm: Assembler, maps: Fds) -> None:
     asm.compute(R0, "-", R2)
     asm.load(R2, R7, AFFINITY_NS)
     asm.jump_if(R0, ">=", R2, "pick")
-    copy(asm, FP, BACKEND, R9, 0)
+    take(asm, R9)
     look_up(asm, maps.members, KEY)
     asm.jump_if(R0, "!=", 0, "chosen")
 
@@ -225,12 +233,14 @@ def pick(asm: Assembler, maps: Fds) -> None:
     look_up(asm, maps.slots, SLOT)
     asm.jump_if(R0, "==", 0, "pass")
     asm.label("slot")
-    copy(asm, FP, BACKEND, R0, 0)
+    take(asm, R0)
 
 
 def remember(asm: Assembler, hook: Hook, maps: Fds) -> None:
-    """Write down what later events need: of the client, of the flow, and for the way back."""
+    """Write down the backend of the client, and of the flow."""
     asm.label("chosen")
+    asm.load(R2, FP, IS_LOCAL, 4)
+    asm.store(FP, BACKEND + FLAG, R2, 2)
     asm.load(R2, R7, AFFINITY_NS)
     asm.jump_if(R2, "==", 0, "flow")
     asm.call(KTIME)
@@ -242,7 +252,51 @@ def remember(asm: Assembler, hook: Hook, maps: Fds) -> None:
     if hook.event == "sendmsg":
         update(asm, maps.flows, FLOW, BACKEND)
         asm.label("known")
+
+
+def avoid_hairpin(asm: Assembler, family: Family) -> None:
+    """Leave a pod that would be given itself to the listeners, which hide who it is, as kube-proxy.
+
+    A pod's address is not known here. It may be its own backend if that is on this node, and a
+    socket of the pod would take the connection.
+    """
+    asm.load(R2, FP, IS_LOCAL, 4)
+    asm.jump_if(R2, "==", 0, "another")
+    asm.load(R2, FP, ORIGIN, 4)
+    asm.jump_if(R2, "!=", POD, "another")
+    first = 12 if family == 4 else 0
+    size = 16 - first
+    for at in range(0, size, 4):
+        asm.load(R2, FP, BACKEND + first + at, 4)
+        asm.store(FP, TUPLE + at, R2, 4)
+        asm.store(FP, TUPLE + size + at, R2, 4)
+    asm.load(R2, FP, BACKEND + 16, 2)
+    asm.store(FP, TUPLE + 2 * size, 0, 2)
+    asm.store(FP, TUPLE + 2 * size + 2, R2, 2)
+    asm.load(R9, FP, KEY_PROTOCOL, 1)
+    asm.set(R1, R6)
+    asm.set(R2, FP)
+    asm.compute(R2, "+", TUPLE)
+    asm.set(R3, 2 * size + 4)
+    asm.set(R4, HERE)
+    asm.set(R5, 0)
+    asm.jump_if(R9, "==", UDP, "datagrams")
+    asm.call(FIND_TCP)
+    asm.jump("searched")
+    asm.label("datagrams")
+    asm.call(FIND_UDP)
+    asm.label("searched")
+    asm.jump_if(R0, "==", 0, "another")
+    asm.set(R1, R0)
+    asm.call(RELEASE)
+    asm.jump("pass")
+    asm.label("another")
+
+
+def note_reverse(asm: Assembler, maps: Fds) -> None:
+    """Write down which address the socket's owner believes in."""
     copy(asm, FP, REVERSE_BACKEND, FP, BACKEND)
+    asm.store(FP, REVERSE_BACKEND + FLAG, 0, 2)
     asm.store(FP, REVERSE_BACKEND + BACKEND_SIZE, 0, 4)
     update(asm, maps.reverse, REVERSE, SERVICE)
 
@@ -291,6 +345,14 @@ def copy(asm: Assembler, to: Register, to_offset: int, base: Register, offset: i
     for at in range(0, BACKEND_SIZE, 4):
         asm.load(R2, base, offset + at, 4)
         asm.store(to, to_offset + at, R2, 4)
+
+
+def take(asm: Assembler, base: Register) -> None:
+    """Take a map's value for the backend. Its flag is kept apart: it is no part of keys."""
+    copy(asm, FP, BACKEND, base, 0)
+    asm.load(R2, base, FLAG, 2)
+    asm.store(FP, IS_LOCAL, R2, 4)
+    asm.store(FP, BACKEND + FLAG, 0, 2)
 
 
 def cookie(asm: Assembler, helper: int, to: int) -> None:

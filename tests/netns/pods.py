@@ -25,14 +25,7 @@ class Pod:
 
     def call(self, function):
         """Return what a function returns in the pod's network."""
-        results = []
-
-        def work():
-            assert LIBC.setns(self._namespace, CLONE_NEWNET) == 0
-            results.append(function())
-
-        in_thread(work)
-        return results[0]
+        return in_namespace(f"/proc/self/fd/{self._namespace}", function)
 
 
 def plain_socket(family, kind=socket.SOCK_STREAM):
@@ -72,6 +65,20 @@ def pod():
         os.close(namespace)
         process.kill()
         process.wait()
+
+
+def in_namespace(path, function):
+    """Return what a function returns in another network namespace."""
+    results = []
+
+    def work():
+        namespace = os.open(path, os.O_RDONLY)
+        assert LIBC.setns(namespace, CLONE_NEWNET) == 0
+        os.close(namespace)
+        results.append(function())
+
+    in_thread(work)
+    return results[0]
 
 
 def in_thread(work):

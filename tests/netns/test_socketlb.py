@@ -31,7 +31,7 @@ from pyproxy.model import (
 from pyproxy.model import Backend as Balancee
 from pyproxy.rules.listeners import Listener
 from tests.netns.node import LOOPBACK, NODE_IP, proxied
-from tests.netns.pods import GATEWAY, plain_socket, pod
+from tests.netns.pods import GATEWAY, POD_IP, plain_socket, pod
 from tests.netns.test_bpf import may_load
 
 both = pytest.mark.parametrize("family", [4, 6])
@@ -59,13 +59,14 @@ class Backend:
         self._stack = ExitStack()
         self.name, self._family = name, family
         self._ip = ip or LOOPBACK[family]
+        self._make = plain_socket
 
     def __enter__(self):
-        self.tcp = self._stack.enter_context(plain_socket(self._family))
+        self.tcp = self._stack.enter_context(self._make(self._family))
         self.tcp.bind((self._ip, 0))
         self.tcp.listen(200)
         self.address = Address(self._ip, self.tcp.getsockname()[1])
-        self.udp = self._stack.enter_context(plain_socket(self._family, socket.SOCK_DGRAM))
+        self.udp = self._stack.enter_context(self._make(self._family, socket.SOCK_DGRAM))
         self.udp.bind(self.address)
         self._over = False
         self._threads = [threading.Thread(target=f) for f in (self._accept, self._answer)]
@@ -301,8 +302,9 @@ async def test_node_ports_answer_at_the_nodes_addresses(family, proto, config):
 
 
 @both
-async def test_a_pod_reaches_services_and_node_ports_but_its_loopback_is_its_own(family, config):
-    async with balanced(family, config, node_port=30080) as (node, _):
+async def test_a_pod_reaches_what_is_not_masqueraded_and_its_loopback_is_its_own(family, config):
+    fields = {"type": "NodePort", "node_port": 30080, "external_local": True}
+    async with balanced(family, config, **fields) as (node, _):
         with pod() as client_pod, Backend(family, "a", GATEWAY[family]) as backend:
             await node.endpoints("web", backend.address)
             await node.host.read()
@@ -311,6 +313,40 @@ async def test_a_pod_reaches_services_and_node_ports_but_its_loopback_is_its_own
             with client_pod.socket(family) as client:
                 assert client.connect_ex((LOOPBACK[family], 30080)) == errno.ECONNREFUSED
                 assert client.connect_ex(("::" if family == 6 else "0.0.0.0", 30080)) != 0
+
+
+@both
+async def test_a_pod_that_is_to_be_masqueraded_is_relayed_and_the_node_is_not(family, config):
+    async with balanced(family, config, node_port=30080) as (node, _):
+        with pod() as client_pod, Backend(family, "a", GATEWAY[family]) as backend:
+            await node.endpoints("web", backend.address)
+            await node.host.read()
+            where = GATEWAY[family], 30080
+            assert await asked(where, client_pod.socket(family)) == ("a", False)
+            assert await client_asks(family, where) == ("a", True)
+
+
+@both
+@protocols
+async def test_a_pod_that_would_be_given_itself_is_relayed(family, proto, config):
+    async with balanced(family, config, proto=proto) as (node, _):
+        with pod() as client_pod, Itself(client_pod, family) as itself:
+            await node.endpoints("web", itself, proto=proto)
+            for _ in range(2):
+                client = client_pod.socket(family, KINDS[proto])
+                assert await asked((node.vip(), 80), client) == ("itself", False)
+
+
+class Itself(Backend):
+    """A backend in a pod."""
+
+    def __init__(self, of, family):
+        super().__init__(family, "itself", POD_IP[family])
+        self._pod = of
+
+    def __enter__(self):
+        self._make = self._pod.socket
+        return super().__enter__().address
 
 
 @both

@@ -77,6 +77,12 @@ def test_each_origin_has_its_action(from_pod, from_node, counts):
     assert socketlb.FRONTEND.unpack(made(TCP, from_pod, from_node).value)[:2] == counts
 
 
+def test_a_pod_whose_address_is_to_be_hidden_is_left_to_the_listeners():
+    hidden = Forward(Pool((A,)), masquerade=True)
+    assert socketlb.FRONTEND.unpack(made(TCP, hidden, hidden).value)[:2] == (0, 1)
+    assert socketlb.FRONTEND.unpack(made(TCP, forward(A), hidden).value)[:2] == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("frontend", "action", "fields"),
     [
