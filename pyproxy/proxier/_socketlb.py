@@ -38,6 +38,7 @@ class Balanced:
         self._sockets: SocketBalancer | None = None
         self._looked = False
         self._held: Mapping[Frontend, Listener] = {}  # what listens and is not yet balanced
+        self._relayed: set[Frontend] = set()  # for want of room
         self._ended: dict[Address, set[Frontend]] = {}  # whose flows a task has to end
         self._ending = False
         env.host.on_change(self._look_around)
@@ -130,14 +131,18 @@ class Balanced:
         assert self._sockets is not None, "somebody looked"
         try:
             self._sockets.put(frontend, listener)
-        except OSError as error:
-            fields = {"frontend": str(frontend), "error": error.strerror}
-            log.warning("sockets are not balanced: all is relayed", extra=fields)
+            self._relayed.discard(frontend)
+        except OSError as error:  # told once for all that do not fit
+            if not self._relayed:
+                fields = {"frontend": str(frontend), "error": error.strerror}
+                log.warning("some frontends are only relayed, not balanced", extra=fields)
+            self._relayed.add(frontend)
 
     def _withdraw(self, frontends: Iterable[Frontend]) -> None:
         if self._sockets is not None:
             for frontend in frontends:
                 self._sockets.remove(frontend)
+                self._relayed.discard(frontend)
 
     def _look_around(self) -> None:
         """See anew at which addresses of the node its ports are served, and for whom."""

@@ -32,21 +32,23 @@ from pyproxy.rules.socketlb import (
 )
 from pyproxy.rules.socketlb_code import ATTACH, HOOKS, Fds, Hook, program
 
-MOST = 1 << 20  # elements of a map that grows
-REMEMBERED = 1 << 16  # sockets, flows and clients, the latest; what is older is forgotten
+# How many fit; 16 bytes for each are taken at once, the rest as it is used.
+FRONTENDS, SLOTS, MEMBERS = 1 << 17, 1 << 19, 1 << 18
+# How many are remembered, the latest used; their memory (10 MB a family) is taken at once.
+SOCKETS, FLOWS, CLIENTS = 1 << 16, 1 << 14, 1 << 14
 LASTING = ("origins", "reverse", "flows", "affinity")
 OTHERS = bytes(8)  # as a namespace's cookie: all that are not named
 
 # Kind, size of keys and of values, number of elements, flags.
 SHAPES: Mapping[str, tuple[int, int, int, int, int]] = {
-    "frontends": (_bpf.HASH, KEY.size, FRONTEND.size, MOST, _bpf.GROWS),
-    "slots": (_bpf.HASH, SLOT.size, BACKEND.size, 4 * MOST, _bpf.GROWS),
-    "members": (_bpf.HASH, MEMBER.size, 4, 4 * MOST, _bpf.GROWS),
-    "addresses": (_bpf.HASH, 16, 4, 1 << 16, _bpf.GROWS),
-    "origins": (_bpf.HASH, 8, 4, 1 << 16, _bpf.GROWS),
-    "reverse": (_bpf.LRU_HASH, 32, BACKEND.size, REMEMBERED, 0),
-    "flows": (_bpf.LRU_HASH, 32, BACKEND.size, REMEMBERED, 0),
-    "affinity": (_bpf.LRU_HASH, 16, 32, REMEMBERED, 0),
+    "frontends": (_bpf.HASH, KEY.size, FRONTEND.size, FRONTENDS, _bpf.GROWS),
+    "slots": (_bpf.HASH, SLOT.size, BACKEND.size, SLOTS, _bpf.GROWS),
+    "members": (_bpf.HASH, MEMBER.size, 4, MEMBERS, _bpf.GROWS),
+    "addresses": (_bpf.HASH, 16, 4, 1 << 10, _bpf.GROWS),
+    "origins": (_bpf.HASH, 8, 4, 1 << 12, _bpf.GROWS),
+    "reverse": (_bpf.LRU_HASH, 32, BACKEND.size, SOCKETS, 0),
+    "flows": (_bpf.LRU_HASH, 32, BACKEND.size, FLOWS, 0),
+    "affinity": (_bpf.LRU_HASH, 16, 32, CLIENTS, 0),
 }
 
 
