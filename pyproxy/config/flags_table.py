@@ -21,6 +21,7 @@ from pyproxy.config.flags_kinds import (
     Flag,
     Group,
 )
+from pyproxy.config.flags_userspace import USERSPACE
 
 LOGGING: Final = Group(
     "Logging (these win over the file)",
@@ -402,6 +403,7 @@ GROUPS: Final = (
             Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
         ),
     ),
+    USERSPACE,
     Group(
         "Deprecated",
         (

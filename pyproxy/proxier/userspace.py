@@ -18,6 +18,8 @@ from pyproxy.proxier import Env
 from pyproxy.proxier._around import surroundings
 from pyproxy.proxier._bypass import Bypass
 from pyproxy.proxier._fronts import Fronts
+from pyproxy.proxier._socketlb import Balanced
+from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
 from pyproxy.proxier._unclaimed import Unclaimed, Unsupported
@@ -41,7 +43,7 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 
 def build(env: Env) -> Proxier:
-    target = Frontends(env)
+    target = Balanced(env, Frontends(env))
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
@@ -51,10 +53,11 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
         return None
     routes, bypass = Vips(family, None), Bypass(family, RTPROT_PYPROXY)
     try:
+        remove_pins(family)
         left = routes.remove(routes.listed())
         bypass.clear()
     except OSError as error:
-        return f"cannot list local routes: {error.strerror}"
+        return f"cannot remove local routes and programs: {error}"
     finally:
         routes.close()
         bypass.close()
