@@ -6,6 +6,7 @@ import logging
 import socket
 import struct
 from contextlib import suppress
+from socket import SocketType
 
 from pyproxy.model import Proto
 from pyproxy.rules.guard import Program
@@ -80,7 +81,8 @@ def listening(
             attach_guard(sock, guard)
         if proto == "TCP":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            keep_alive(sock)  # the sockets that it accepts inherit this
+            keep_alive(sock)  # the sockets that it accepts inherit this, and that
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.bind((ip, port))
             sock.listen(BACKLOG)
         else:
@@ -94,14 +96,14 @@ def listening(
     return sock
 
 
-def keep_alive(sock: socket.socket) -> None:
+def keep_alive(sock: SocketType) -> None:
     """Have the kernel notice a peer that is gone without a word."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def enlarge_queue(sock: socket.socket) -> None:
+def enlarge_queue(sock: SocketType) -> None:
     """Let more datagrams wait for us. Without root, as many as net.core.rmem_max allows."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, DATAGRAM_QUEUE)
@@ -137,7 +139,7 @@ def detach_guard(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
-def reset(sock: socket.socket) -> None:
+def reset(sock: SocketType) -> None:
     """Close a TCP socket so that the other side sees a reset."""
     with suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))

@@ -77,8 +77,10 @@ class Frontends:
             conntrack.udp_stream_timeout_seconds or defaults.stream,
         )
         observe = env.observe
-        self._tcp = TcpRelay(env.tasks, self._surroundings, partial(observe, "TCP"))
-        self._udp = UdpRelay(self._surroundings, timeouts, partial(observe, "UDP"))
+        self._tcp = TcpRelay(self._surroundings, partial(observe, "TCP"))
+        self._udp = UdpRelay(
+            self._tcp.poller, self._surroundings, timeouts, partial(observe, "UDP")
+        )
         self._fronts = Fronts(env.family, self._tcp, self._udp)
         self._pickers: dict[ServicePortName, Picker] = {}
         self._local: set[Vip] = set()  # what has a route of ours
