@@ -90,7 +90,8 @@ windowsRunAsService: false
 """
 
 
-OWN = {"cloudAnnotations", "ipvs.bindAddresses", "ipvs.drainTimeout"}  # which kube-proxy does not have
+# Which kube-proxy does not have.
+OWN = {"cloudAnnotations", "ipvs.bindAddresses", "ipvs.drainTimeout"}
 
 
 def test_the_file_of_kubeadm_is_read_unchanged():
