@@ -11,9 +11,10 @@ MODE ?= userspace
 KIT ?= ../shared/conformance
 # Tools of the tests and of the demo, and the Debian packages that have them.
 TOOLS := ip:iproute2 unshare:util-linux nft:nftables iptables:iptables conntrack:conntrack ipset:ipset
+IMAGE_TOOLS := mmdebstrap:mmdebstrap buildah:buildah crun:crun
 KIT_TOOLS := nft:nftables iptables:iptables conntrack:conntrack ipset:ipset
 
-.PHONY: help setup demo test check format scenarios netns conformance bench clean
+.PHONY: help setup demo test check format scenarios netns tools image conformance bench clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
 
@@ -25,15 +26,19 @@ demo: setup  ## see Services work, in a small cluster of network namespaces: a m
 
 test: setup check netns  ## everything: format, lint, types, imports, all tests
 
-check: $(VENV)/ready  ## the fast part of the tests: no root, no namespaces
+check: $(VENV)/ready tools  ## the fast part of the tests: no root, no namespaces
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q -n auto tests --ignore=tests/netns
 
-netns: setup  ## the tests on the real kernel, in namespaces of their own
+netns: setup tools image  ## the tests on the real kernel, in namespaces of their own
 	$(call isolated,$(BIN)/pytest -q tests/netns)
+
+tools: $(VENV)/tools/ready  ## kubectl, helm, promtool and Kubernetes' schemas, for tests of deploy/
+
+image: build/image.ready  ## the root file system of deploy/Dockerfile, as root
 
 conformance: setup  ## the black-box kit, for one mode: make conformance MODE=userspace
 	@$(call need,$(KIT_TOOLS))
@@ -50,7 +55,7 @@ format: $(VENV)/ready  ## put the code into its form
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what make made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready: requirements-dev.txt pyproject.toml
@@ -60,6 +65,14 @@ $(VENV)/ready: requirements-dev.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+$(VENV)/tools/ready: tests/deploy/get-tools tests/deploy/requirements.txt | $(VENV)/ready
+	tests/deploy/get-tools $(VENV)/tools $(CURDIR)/$(BIN)/python
+	touch $@
+
+# Without root there is none, and the tests of pods say so.
+build/image.ready: tests/deploy/build-image deploy/Dockerfile requirements-dev.txt pyproject.toml
+	@if [ "$$(id -u)" = 0 ]; then $(call need,$(IMAGE_TOOLS)); tests/deploy/build-image build/image; touch $@; fi
 
 # need TOOL:PACKAGE...: install the packages whose tool is missing, or say which they are.
 need = missing=; for pair in $(1); do PATH="$$PATH:/usr/sbin:/sbin" command -v $${pair%%:*} >/dev/null || \
