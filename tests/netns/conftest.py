@@ -2,9 +2,12 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.netns.standin import NODE_IP, printed
 
 ADDRESSES = ("192.0.2.11/32", "192.0.2.12/32", "198.51.100.50/32", "10.244.1.10/32")
 ADDRESSES6 = ("fd00:c0de::11/128", "fd00:5e::50/128", "fd00:10:244::10/128")
@@ -68,3 +71,14 @@ def run(*command):
     done = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     _, said = done.communicate()
     assert done.returncode == 0, said
+
+
+@pytest.fixture
+def uplink():
+    """Give packets a way out that ends at once, and leave nothing of a proxy behind."""
+    printed("ip", "link", "add", "uplink", "type", "bridge")
+    printed("ip", "link", "set", "uplink", "arp", "off", "up")
+    printed("ip", "route", "add", "default", "dev", "uplink", "src", NODE_IP)
+    yield
+    printed("ip", "link", "delete", "uplink")
+    printed(sys.executable, "-m", "pyproxy", "cleanup")
