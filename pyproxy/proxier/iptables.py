@@ -185,8 +185,8 @@ async def remove_leftovers(tables: Iptables) -> None:
     try:
         found = [chain for table in TABLES for chain in await tables.chains(table)]
         if ours := [chain for chain in found if is_ours(chain)]:
-            fields = {"flavour": tables.programs.flavour, "chains": len(ours)}
-            log.warning("rules of the other flavour are removed", extra=fields)
             await remove_chains(tables)
+            fields = {"flavour": tables.programs.flavour, "chains": len(ours)}
+            log.warning("rules of the other flavour were removed", extra=fields)
     except IptablesError as error:
         log.warning("rules of the other flavour stay", extra={"error": str(error)})
