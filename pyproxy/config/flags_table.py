@@ -370,6 +370,21 @@ GROUPS: Final = (
                 placeholder="PATH",
             ),
             Flag("service-cidr", CIDRS, "", "With --manifests: the ranges of cluster IPs."),
+            Flag(
+                "state-dir",
+                STRING,
+                "",
+                "Where the cluster's last known state is kept, for a start without the API server; "
+                "empty: nowhere.",
+                placeholder="PATH",
+            ),
+            Flag(
+                "cloud-annotations",
+                STRING,
+                "cloud_annotations",
+                "The cloud whose annotations of Services count: huawei.",
+                placeholder="CLOUD",
+            ),
             Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
         ),
     ),
