@@ -62,9 +62,13 @@ def preferred(found: Mapping[Flavour, Census], plain: Flavour | None) -> Flavour
 
 def tables_with(found: Programs) -> Iptables:
     """Return the tables that these programs write to."""
-    if found.flavour == "legacy" and _iptc.library() is not None:
-        return LegacyIptables(found)
-    return Iptables(found)
+    return LegacyIptables(found) if has_library(found) else Iptables(found)
+
+
+def has_library(found: Programs) -> bool:
+    """Say whether the library is there, and what it is for. Elsewhere it is not even imported."""
+    is_used = found.flavour == "legacy" and bool(_iptc.existing(found.family))
+    return is_used and _iptc.library() is not None
 
 
 # --- what there is --------------------------------------------------------------------------------
@@ -75,7 +79,7 @@ def census(found: Programs) -> Census:
     family = found.family
     if found.flavour == "legacy" and not _iptc.existing(family):
         return Census(0, is_hinted=False)
-    if found.flavour == "legacy" and _iptc.library() is not None:
+    if has_library(found):
         try:
             return counted({t: _iptc.chains(family, t) for t in _iptc.existing(family)})
         except _iptc.LibraryError as error:

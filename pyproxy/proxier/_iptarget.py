@@ -300,7 +300,7 @@ async def remove_chains(tables: Iptables) -> None:
     lines = cleared(parsed(await tables.save()))
     try:
         if lines:
-            await tables.restore(lines)
+            await tables.arrange(lines)
     finally:
         await tables.aclose()
 

@@ -13,7 +13,7 @@ from pyproxy.model import Family, Network
 from pyproxy.proxier import Env, _nfacct
 from pyproxy.proxier._flavour import answer_of, chosen_flavour, programs_of, tables_with
 from pyproxy.proxier._ipset import IpSets
-from pyproxy.proxier._iptables import OWN_CHAINS, Iptables, IptablesError
+from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.proxier._iptarget import IpTarget, remove, remove_chains
 from pyproxy.proxier._sysctls import apply
 from pyproxy.proxier._tracked import Tracked, set_limits
@@ -171,13 +171,16 @@ async def watch(tables: Iptables, target: IpTarget, env: Env) -> None:
 
 
 async def tell_packets(tables: Iptables, env: Env) -> None:
-    """Tell how many packets have come to our chains, for the metrics."""
+    """Tell how many packets have come to our chains, for the metrics.
+
+    Table nat may be large, and flavour legacy reads the whole of a table for a part of it.
+    """
     try:
-        for table in OWN_CHAINS:
-            found = await tables.packets(table)
-            env.passed(table, {chain: count for chain, count in found.items() if is_ours(chain)})
+        found = await tables.packets("filter")
     except IptablesError as error:
         log.debug("packets cannot be counted", extra={"error": str(error)})
+        return
+    env.passed("filter", {chain: count for chain, count in found.items() if is_ours(chain)})
 
 
 async def remove_leftovers(tables: Iptables) -> None:
@@ -185,8 +188,8 @@ async def remove_leftovers(tables: Iptables) -> None:
     try:
         found = [chain for table in TABLES for chain in await tables.chains(table)]
         if ours := [chain for chain in found if is_ours(chain)]:
-            fields = {"flavour": tables.programs.flavour, "chains": len(ours)}
-            log.warning("rules of the other flavour are removed", extra=fields)
             await remove_chains(tables)
+            fields = {"flavour": tables.programs.flavour, "chains": len(ours)}
+            log.warning("rules of the other flavour were removed", extra=fields)
     except IptablesError as error:
         log.warning("rules of the other flavour stay", extra={"error": str(error)})

@@ -159,8 +159,8 @@ async def test_rules_are_counted_as_they_are_written(tables, ruleset):
     there = parsed(await tables.save())
     owned = Counter({"filter": 0, "nat": 0})
     for (table, chain), rules in there.items():
-        owned[table] += len(rules) if is_ours(chain) else 0
-    del owned["mangle"]
+        if is_ours(chain) and table in owned:
+            owned[table] += len(rules)
     owner = next(iter(plan.ports))
     await carrier.sync(cluster(ruleset.family, endpoints=5), {owner})
     await carrier.sync(plan, set())

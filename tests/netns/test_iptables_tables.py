@@ -105,9 +105,10 @@ async def test_to_look_brings_no_table_into_being():
         "import sys; from pyproxy.proxier._flavour import chosen_flavour, programs_of, tables_with;"
         "import asyncio; from pyproxy.proxier import _iptc; chosen_flavour();"
         "ask = lambda p: asyncio.run(tables_with(p).chains('nat'));"
-        "print([ask(programs_of(f)['legacy']) for f in (4, 6)], _iptc.existing(4))"
+        "print([ask(programs_of(f)['legacy']) for f in (4, 6)], _iptc.existing(4));"
+        "print('iptc' in sys.modules)"
     )
-    assert output_of("unshare", "--net", sys.executable, "-c", code) == "[{}, {}] ()\n"
+    assert output_of("unshare", "--net", sys.executable, "-c", code) == "[{}, {}] ()\nFalse\n"
 
 
 # --- the library ----------------------------------------------------------------------------------
@@ -116,6 +117,7 @@ async def test_to_look_brings_no_table_into_being():
 def test_legacy_tables_are_looked_at_by_the_library_where_it_is(monkeypatch):
     assert _iptc.library() is not None, "pip install python-iptables"
     legacy = programs_of(4)["legacy"]
+    flush(legacy)  # which brings its tables into being
     assert type(tables_with(legacy)) is LegacyIptables
     monkeypatch.setattr(_iptc, "library", lambda: None)
     assert type(tables_with(legacy)) is Iptables
