@@ -83,6 +83,7 @@ def in_guest(kernel: Kernel, command: Sequence[str], memory: str, seconds: float
 
 def start(kernel: Kernel, command: Sequence[str]) -> str:
     kept = [f"{name}={os.environ[name]}" for name in KEPT if name in os.environ]
+    kept.append("TERM=dumb")  # what it writes to is a serial port
     return START.format(
         modules=shlex.quote(str(kernel.modules)),
         folder=shlex.quote(str(Path.cwd())),
