@@ -110,11 +110,10 @@ class Node:
         self.carrier = self.mode.build(self.env)
         self.lane.move(Site(Place("here"), NODE_IP[self.family]))
         self.lane.start(self.carrier)
-        self.job = self.tasks.create_task(self.lane.run())
+        self.tasks.create_task(self.lane.run())
         return await self.observer.next()
 
     async def stop(self, *, keep=False):
-        self.job.cancel()
         await self.carrier.aclose()
         if not keep:
             await self.carrier.clear()
@@ -194,9 +193,10 @@ class Jobs:
         self._started.append(task)
         return task
 
-    def end(self):
+    async def end(self):
         for task in self._started:
             task.cancel()
+        await asyncio.gather(*self._started, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -209,5 +209,5 @@ async def proxied(family, config=None, *, changes=(), keep=False, **rest):
         try:
             yield node
         finally:
+            await jobs.end()
             await node.stop(keep=keep)
-            jobs.end()
