@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from errno import EALREADY, EINPROGRESS
 from socket import SocketType
+from typing import Protocol
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Action, Address, Forward, Reject
 from pyproxy.proxier._poller import ERROR, HUP, IN, Poller
 from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES, Connection
-from pyproxy.proxier._sockets import EXHAUSTED, Shortage, keep_alive
+from pyproxy.proxier._sockets import EXHAUSTED, Shortage, keep_alive, reset
 from pyproxy.proxier._splice import Pipes
 from pyproxy.rules.listeners import Listener, Surroundings, action_for
 
@@ -76,17 +77,18 @@ class TcpRelay:
         self.pipes.close()
         self.poller.close()
 
-    def listen(self, sock: socket.socket, front: "TcpFront") -> None:
-        self.poller.add(sock.fileno(), IN, Acceptor(self, sock, front))
+    def listen(self, sock: socket.socket, entrance: "Entrance") -> None:
+        """Accept from now on, until the socket is not one of the entrance's any more."""
+        self.poller.add(sock.fileno(), IN, Acceptor(self, sock, entrance))
 
     def unlisten(self, sock: socket.socket) -> None:
         """Stop accepting; who waits in the backlog is still served."""
         self.poller.discard(sock.fileno())
 
-    def pause(self, sock: socket.socket, front: "TcpFront") -> None:
+    def pause(self, sock: socket.socket, entrance: "Entrance") -> None:
         """Leave the backlog alone for a while: an unreadable listener would spin the loop."""
         self.unlisten(sock)
-        self.loop.call_later(PAUSE_SECONDS, self._resume, sock, front)
+        self.loop.call_later(PAUSE_SECONDS, self._resume, sock, entrance)
 
     def new_socket(self, family: int, now: float) -> SocketType | None:
         try:
@@ -131,9 +133,9 @@ class TcpRelay:
             self.pipes.close()
         self.observe("closed")
 
-    def _resume(self, sock: socket.socket, front: "TcpFront") -> None:
-        if sock.fileno() >= 0 and sock in front.sockets:
-            self.listen(sock, front)
+    def _resume(self, sock: socket.socket, entrance: "Entrance") -> None:
+        if sock.fileno() >= 0 and sock in entrance.sockets:
+            self.listen(sock, entrance)
 
     def _look_at_dials(self) -> None:
         now = self.loop.time()
@@ -157,12 +159,12 @@ class TcpRelay:
 class Acceptor:
     """Takes in those who connect to a listening socket."""
 
-    __slots__ = ("_family", "_front", "_relay", "_round", "_sock")
+    __slots__ = ("_entrance", "_family", "_relay", "_round", "_sock")
 
-    def __init__(self, relay: TcpRelay, sock: socket.socket, front: "TcpFront") -> None:
+    def __init__(self, relay: TcpRelay, sock: socket.socket, entrance: "Entrance") -> None:
         self._relay = relay
         self._sock = sock
-        self._front = front
+        self._entrance = entrance
         self._family = sock.family
         self._round = 0  # of the poller, when somebody was accepted last
 
@@ -172,25 +174,29 @@ class Acceptor:
         is_busy = relay.poller.rounds == self._round + 1
         self._round = relay.poller.rounds
         for _ in range(ACCEPTS_AT_ONCE if is_busy else 1):
-            if relay.starving or not self._accept():
+            if relay.starving:
+                relay.pause(self._sock, self._entrance)
                 return
-        if relay.starving:
-            relay.pause(self._sock, self._front)
+            if not self._accept():
+                return
 
     def _accept(self) -> bool:
         """Say whether there may be more."""
-        relay, front = self._relay, self._front
         try:
             # accept() would ask twice for what is known.
             fd, peer = self._sock._accept()  # type: ignore[attr-defined]
         except (BlockingIOError, ConnectionAbortedError):
             return False
         except OSError as error:
-            relay.refused(error)
-            relay.pause(self._sock, front)
+            self._relay.refused(error)
+            self._relay.pause(self._sock, self._entrance)
             return False
         client = SocketType(self._family, socket.SOCK_STREAM, 0, fd)
-        Dial(relay, front, client, peer[0]).begin()
+        front = self._entrance.front_of(client)
+        if front is None:
+            reset(client)
+        else:
+            Dial(self._relay, front, client, peer[0]).begin()
         return True
 
 
@@ -378,12 +384,21 @@ def called(sock: SocketType, address: Address) -> int:
     return error
 
 
+class Entrance(Protocol):
+    """Listening sockets, and which frontend a client wants who came in by one of them."""
+
+    sockets: list[socket.socket]
+
+    def front_of(self, client: SocketType) -> "TcpFront | None": ...
+
+
 class TcpFront:
-    """One TCP frontend: its sockets, and what is to happen to who connects."""
+    """One TCP frontend: what is to happen to who connects, and its own sockets, if it has any."""
 
     def __init__(
         self, relay: TcpRelay, sockets: Iterable[socket.socket], listener: Listener, picker: Picker
     ) -> None:
+        self.is_open = True
         self.sockets = list(sockets)
         self.listener = listener
         self.picker = picker
@@ -393,7 +408,10 @@ class TcpFront:
 
     def action(self, ip: str, around: Surroundings) -> Action:
         """Return what becomes of a connection from ``ip``. One that is closed serves nobody."""
-        return action_for(self.listener.route, ip, around) if self.sockets else Reject()
+        return action_for(self.listener.route, ip, around) if self.is_open else Reject()
+
+    def front_of(self, _client: SocketType) -> "TcpFront":
+        return self
 
     def update(self, listener: Listener, picker: Picker) -> None:
         """Treat new connections so from now on; those that exist are left alone."""
@@ -401,6 +419,7 @@ class TcpFront:
         self.picker = picker
 
     def close(self) -> None:
+        self.is_open = False
         sockets, self.sockets = self.sockets, []
         for sock in sockets:
             self._relay.unlisten(sock)

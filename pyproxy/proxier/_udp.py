@@ -8,20 +8,19 @@ import asyncio
 import logging
 import resource
 import socket
-import struct
 from collections.abc import Callable, Collection, Iterable
 from errno import EMSGSIZE
 from heapq import nsmallest
 from socket import SocketType
-from typing import Any
 
 from msgspec import Struct
 
 from pyproxy.balancer import NOBODY, Picker
 from pyproxy.model import Address, Forward
 from pyproxy.proxier._batch import Batch
+from pyproxy.proxier._datagrams import Key, Peer, Requests, ancillary
 from pyproxy.proxier._poller import IN, Poller
-from pyproxy.proxier._sockets import EXHAUSTED, IP_PKTINFO, Shortage
+from pyproxy.proxier._sockets import EXHAUSTED, Shortage, answering, destination
 from pyproxy.proxier._stream import Way, beside, strays
 from pyproxy.rules.listeners import Listener, Surroundings, action_for
 
@@ -35,8 +34,6 @@ FLOW_SHARE = 4  # flows may take one in so many file descriptors: connections ne
 
 log = logging.getLogger(__name__)
 
-Peer = tuple[Any, ...]  # as the socket module gives it; the length differs by family
-Key = tuple[Peer, bytes]  # the client, and the address it wrote to, packed
 Observe = Callable[[str], None]
 
 
@@ -259,8 +256,11 @@ class UdpFront:
         self.flows: dict[Key, Flow] = {}
         self._wildcard = wildcard
         self._by_local: dict[bytes, socket.socket] = {}
+        self._answering: list[socket.socket] = []  # for datagrams that came by a shared socket
         for sock in self.sockets:
-            relay.poller.add(sock.fileno(), IN, Requests(self, sock, wildcard=wildcard))
+            relay.poller.add(
+                sock.fileno(), IN, Requests(relay.poller, sock, self.received, wildcard=wildcard)
+            )
 
     def update(self, listener: Listener, picker: Picker) -> None:
         """Treat new flows so from now on; end those whose backend serves no more.
@@ -278,8 +278,11 @@ class UdpFront:
             flow.close()
         for sock in self.sockets:
             self.relay.poller.discard(sock.fileno())
+        for sock in self.sockets + self._answering:
             sock.close()
         self.sockets.clear()
+        self._answering.clear()
+        self._by_local.clear()
 
     def socket_of(self, key: Key) -> socket.socket:
         """Return the socket that the client's datagrams come in by."""
@@ -303,12 +306,24 @@ class UdpFront:
         except OSError as error:
             log.debug("reply lost", extra={"client": peer[0], "error": str(error)})
 
-    def received(self, data: bytes, key: Key, sock: socket.socket, thick: bool) -> None:
+    def received(self, data: bytes, key: Key, sock: socket.socket, *, thick: bool) -> None:
         """Take a datagram that came in by ``sock``; ``thick`` if another came just before."""
         self._by_local[key[1]] = sock
         flow = self.pass_on(data, key)
         if thick and flow is not None:
             flow.thicken()
+
+    def take(self, data: bytes, peer: Peer, local: bytes, *, thick: bool) -> None:
+        """Take a datagram that came by a shared socket, to our address and port ``local``."""
+        sock = self._by_local.get(local)
+        if sock is None:
+            try:
+                sock = answering(*destination(local))
+            except OSError as error:
+                log.debug("datagram lost", extra={"client": peer[0], "error": str(error)})
+                return
+            self._answering.append(sock)
+        self.received(data, (peer, local), sock, thick=thick)
 
     def pass_on(self, data: bytes, key: Key) -> Flow | None:
         """Send to the backend of the flow. If that has refused an earlier datagram, to another."""
@@ -357,57 +372,3 @@ class UdpFront:
                 return None
             return sock
         return None
-
-
-class Requests:
-    """Reads what clients write to one socket of a frontend."""
-
-    __slots__ = ("_front", "_number", "_round", "_sock", "_wildcard")
-
-    def __init__(self, front: UdpFront, sock: socket.socket, *, wildcard: bool) -> None:
-        self._front = front
-        self._sock = sock
-        self._number = b"%d" % sock.fileno()
-        self._wildcard = wildcard
-        self._round = 0  # of the poller, when something came last
-
-    def ready(self, _events: int) -> None:
-        """Take one datagram; all there are if they come thick."""
-        rounds = self._front.relay.poller.rounds
-        at_once = DATAGRAMS_AT_ONCE if rounds == self._round + 1 else 1
-        self._round = rounds
-        seen: set[Key] = set()
-        for _ in range(at_once):
-            try:
-                data, key = self._received()
-            except BlockingIOError:
-                return
-            except OSError as error:  # an ICMP error for an earlier reply
-                log.debug("receive failed", extra={"error": str(error)})
-                continue
-            self._front.received(data, key, self._sock, key in seen)
-            seen.add(key)
-
-    def _received(self) -> tuple[bytes, Key]:
-        if self._wildcard:
-            data, extra, _flags, peer = self._sock.recvmsg(LARGEST, 256)
-            return data, (peer, local_address(extra))
-        data, peer = self._sock.recvfrom(LARGEST)
-        return data, (peer, self._number)
-
-
-def local_address(extra: list[tuple[int, int, bytes]]) -> bytes:
-    """Return the packed address a datagram was sent to, out of its ancillary data."""
-    for level, kind, data in extra:
-        if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
-            return data[8:12]  # struct in_pktinfo: interface, local address, header's destination
-        if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
-            return data[:16]  # struct in6_pktinfo: address, interface
-    return b""
-
-
-def ancillary(sock: socket.socket, local: bytes) -> tuple[int, int, bytes]:
-    """Return the ancillary data that makes a datagram come from ``local``."""
-    if sock.family == socket.AF_INET6:
-        return socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, local + struct.pack("=I", 0)
-    return socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i", 0) + local + bytes(4)
