@@ -8,7 +8,7 @@ import pytest
 from pyproxy.proxier._iptables import programs_of
 from pyproxy.proxier.ipvs import unsupported
 from tests.deploy.tools import MODES, kustomized, mode_components, only
-from tests.netns.pod import PATIENCE_SECONDS, Pod
+from tests.netns.container import PATIENCE_SECONDS, Pod
 from tests.netns.standin import (
     CLUSTER_IP,
     NODE_PORT,
@@ -41,20 +41,20 @@ COMMIT
 """
 
 
-def deployed(folder, api, *components):
+def deployed(folder, api, *components, host=()):
     """Return the pod of the base and components, with what whoever installs it adds."""
     (folder / "overlay").mkdir()
     text = kustomized(folder / "overlay", *components)
-    host, _, port = api.url.removeprefix("https://").partition(":")
+    server, _, port = api.url.removeprefix("https://").partition(":")
     data = {
         "pyproxy": only("ConfigMap", text)["data"],
         "pyproxy-cluster": {
-            "KUBERNETES_SERVICE_HOST": host,
+            "KUBERNETES_SERVICE_HOST": server,
             "KUBERNETES_SERVICE_PORT": port,
             "CLUSTER_CIDR": "10.244.0.0/16",
         },
     }
-    return Pod(only("DaemonSet", text), data, folder, service_account(folder))
+    return Pod(only("DaemonSet", text), data, folder, service_account(folder), host)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,7 +8,7 @@ import pytest
 
 from pyproxy import __version__
 from tests.deploy.tools import needed
-from tests.netns.pod import IMAGE
+from tests.netns.container import IMAGE
 
 COMPILERS = ("cc", "gcc", "g++", "ld", "as", "make", "pip", "pip3")
 MEGABYTES = 200  # 175 when it was made; a reason to look when it is more

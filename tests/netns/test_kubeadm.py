@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from tests.deploy.tools import ROOT
-from tests.netns.pod import Pod
+from tests.netns.container import Pod
 from tests.netns.standin import (
     CLUSTER_IP,
     HEALTHZ,

@@ -58,12 +58,16 @@ class Container:
 
 
 class Pod:
-    """A DaemonSet's pod on node ``here``. ``data`` has each ConfigMap's data, by name."""
+    """A DaemonSet's pod on node ``here``. ``data`` has each ConfigMap's data, by name.
 
-    def __init__(self, daemonset, data, folder, account):
+    ``host`` has what stands for paths of the host.
+    """
+
+    def __init__(self, daemonset, data, folder, account, host=()):
         self._spec = daemonset["spec"]["template"]["spec"]
         self._data = data
         self._folder = folder
+        self._host = dict(host)
         self._runs = 0
         self._account = account  # the folder of the service account's files
 
@@ -151,6 +155,8 @@ class Pod:
             path = volume["hostPath"]["path"]
             own = self._folder / path.replace("/", "-")  # not this machine's
             match volume["hostPath"].get("type"):
+                case _ if path in self._host:
+                    return self._host[path]
                 case "FileOrCreate":
                     own.touch()
                 case "DirectoryOrCreate":
