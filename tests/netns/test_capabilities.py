@@ -45,11 +45,11 @@ def deployed(folder, api, *components, host=()):
     """Return the pod of the base and components, with what whoever installs it adds."""
     (folder / "overlay").mkdir()
     text = kustomized(folder / "overlay", *components)
-    host, _, port = api.url.removeprefix("https://").partition(":")
+    server, _, port = api.url.removeprefix("https://").partition(":")
     data = {
         "pyproxy": only("ConfigMap", text)["data"],
         "pyproxy-cluster": {
-            "KUBERNETES_SERVICE_HOST": host,
+            "KUBERNETES_SERVICE_HOST": server,
             "KUBERNETES_SERVICE_PORT": port,
             "CLUSTER_CIDR": "10.244.0.0/16",
         },
