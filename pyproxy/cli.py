@@ -130,6 +130,7 @@ def serve(options: Options, config: Config, node: str, text: str | None) -> int:
     """Run until a signal or a reason to end; exit code 1 for the latter."""
     try:
         config = with_mode(config, resolved_mode(config.mode))
+        config = proxier.load(config.mode).settled(config)
     except LookupError as error:
         return fail(str(error))
     return in_loop(options.event_loop, lambda: serving(options, config, node, text))
@@ -180,6 +181,8 @@ async def serving(options: Options, config: Config, node: str, text: str | None)
         adjust_oom_score(config.oom_score_adj)
         files = raise_file_limit()
         known = {"version": __version__, "mode": config.mode, "node": node, "files": files}
+        if config.mode == "userspace":
+            known["capture"] = config.userspace.capture
         log.info("pyproxy", extra=known)
         watchdogs = [until_changed(Path(options.config), text)] if text is not None else []
         await App(settings, feed, metrics, SystemClock()).run(*watchdogs)

@@ -44,6 +44,10 @@ class Mode(Protocol):
         """Say why this node cannot run the mode; None if it can."""
         ...
 
+    def settled(self, config: Config) -> Config:
+        """Return the settings with what ``auto`` means on this node. Raises ``LookupError``."""
+        ...
+
     def prepare(self, config: Config) -> tuple[str, ...]:
         """Set what the mode needs of the kernel and outlives it; return what could not be set."""
         ...

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from errno import EALREADY, EINPROGRESS
+from typing import Protocol
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Action, Address, Forward, Reject
@@ -61,17 +62,18 @@ class TcpRelay:
         for relay in list(self._open):
             relay.abort()
 
-    def listen(self, sock: socket.socket, front: "TcpFront") -> None:
-        self._loop.add_reader(sock.fileno(), self._accept, sock, front)
+    def listen(self, sock: socket.socket, entrance: "Entrance") -> None:
+        """Accept from now on, until the socket is not one of the entrance's any more."""
+        self._loop.add_reader(sock.fileno(), self._accept, sock, entrance)
 
     def unlisten(self, sock: socket.socket) -> None:
         """Stop accepting; who waits in the backlog is still served."""
         self._loop.remove_reader(sock.fileno())
 
-    def _accept(self, sock: socket.socket, front: "TcpFront") -> None:
+    def _accept(self, sock: socket.socket, entrance: "Entrance") -> None:
         for _ in range(ACCEPTS_AT_ONCE):
             if self._starving:
-                self._pause(sock, front)
+                self._pause(sock, entrance)
                 return
             try:
                 client, peer = sock.accept()
@@ -79,13 +81,13 @@ class TcpRelay:
                 return
             except OSError as error:
                 self._refused(error)
-                self._pause(sock, front)
+                self._pause(sock, entrance)
                 return
             client.setblocking(False)
-            self._welcome(client, peer[0], front)
+            self._welcome(client, peer[0], entrance.front_of(client))
 
-    def _welcome(self, client: socket.socket, ip: str, front: "TcpFront") -> None:
-        if not isinstance(front.action(ip, self._surroundings()), Forward):
+    def _welcome(self, client: socket.socket, ip: str, front: "TcpFront | None") -> None:
+        if front is None or not isinstance(front.action(ip, self._surroundings()), Forward):
             reset(client)  # the guard lets nobody in who is to meet silence, but for an instant
             return
         # A file descriptor for the backend, before the next client takes it.
@@ -99,14 +101,14 @@ class TcpRelay:
         else:
             log.warning("no socket", extra={"error": str(error)})
 
-    def _pause(self, sock: socket.socket, front: "TcpFront") -> None:
+    def _pause(self, sock: socket.socket, entrance: "Entrance") -> None:
         """Leave the backlog alone for a while: an unreadable listener would spin the loop."""
         self.unlisten(sock)
-        self._loop.call_later(PAUSE_SECONDS, self._resume, sock, front)
+        self._loop.call_later(PAUSE_SECONDS, self._resume, sock, entrance)
 
-    def _resume(self, sock: socket.socket, front: "TcpFront") -> None:
-        if sock.fileno() >= 0 and sock in front.sockets:
-            self.listen(sock, front)
+    def _resume(self, sock: socket.socket, entrance: "Entrance") -> None:
+        if sock.fileno() >= 0 and sock in entrance.sockets:
+            self.listen(sock, entrance)
 
     async def _serve(
         self, client: socket.socket, spare: socket.socket | None, ip: str, front: "TcpFront"
@@ -231,12 +233,21 @@ class TcpRelay:
         return None
 
 
+class Entrance(Protocol):
+    """Listening sockets, and which frontend a client wants who came in by one of them."""
+
+    sockets: list[socket.socket]
+
+    def front_of(self, client: socket.socket) -> "TcpFront | None": ...
+
+
 class TcpFront:
-    """One TCP frontend: its sockets, and what is to happen to who connects."""
+    """One TCP frontend: what is to happen to who connects, and its own sockets, if it has any."""
 
     def __init__(
         self, relay: TcpRelay, sockets: Iterable[socket.socket], listener: Listener, picker: Picker
     ) -> None:
+        self.is_open = True
         self.sockets = list(sockets)
         self.listener = listener
         self.picker = picker
@@ -246,7 +257,10 @@ class TcpFront:
 
     def action(self, ip: str, around: Surroundings) -> Action:
         """Return what becomes of a connection from ``ip``. One that is closed serves nobody."""
-        return action_for(self.listener.route, ip, around) if self.sockets else Reject()
+        return action_for(self.listener.route, ip, around) if self.is_open else Reject()
+
+    def front_of(self, _client: socket.socket) -> "TcpFront":
+        return self
 
     def update(self, listener: Listener, picker: Picker) -> None:
         """Treat new connections so from now on; those that exist are left alone."""
@@ -254,6 +268,7 @@ class TcpFront:
         self.picker = picker
 
     def close(self) -> None:
+        self.is_open = False
         sockets, self.sockets = self.sockets, []
         for sock in sockets:
             self._relay.unlisten(sock)

@@ -18,7 +18,14 @@ from msgspec import Struct
 
 from pyproxy.balancer import NOBODY, Picker
 from pyproxy.model import Address, Forward
-from pyproxy.proxier._sockets import EXHAUSTED, IP_PKTINFO, Shortage
+from pyproxy.proxier._sockets import (
+    EXHAUSTED,
+    IP_PKTINFO,
+    Shortage,
+    answering,
+    destination,
+    original_destination,
+)
 from pyproxy.rules.listeners import Listener, Surroundings, action_for
 
 DATAGRAMS_AT_ONCE = 64
@@ -185,6 +192,7 @@ class UdpFront:
         self.flows: dict[Key, Flow] = {}
         self._wildcard = wildcard
         self._by_local: dict[bytes, socket.socket] = {}
+        self._answering: list[socket.socket] = []  # for datagrams that came by a shared socket
         for sock in self.sockets:
             relay.loop.add_reader(sock.fileno(), self._requests, sock)
 
@@ -200,8 +208,11 @@ class UdpFront:
             flow.close()
         for sock in self.sockets:
             self.relay.loop.remove_reader(sock.fileno())
+        for sock in self.sockets + self._answering:
             sock.close()
         self.sockets.clear()
+        self._answering.clear()
+        self._by_local.clear()
 
     def reply(self, data: bytes, key: Key) -> None:
         """Send to the client, from the address it wrote to."""
@@ -231,6 +242,18 @@ class UdpFront:
                 continue
             self._by_local[local] = sock
             self._pass_on(data, (peer, local))
+
+    def take(self, data: bytes, peer: Peer, local: bytes) -> None:
+        """Pass on a datagram that came by a shared socket, to our address and port ``local``."""
+        if local not in self._by_local:
+            try:
+                sock = answering(*destination(local))
+            except OSError as error:
+                log.debug("datagram lost", extra={"client": peer[0], "error": str(error)})
+                return
+            self._by_local[local] = sock
+            self._answering.append(sock)
+        self._pass_on(data, (peer, local))
 
     def _pass_on(self, data: bytes, key: Key) -> None:
         """Send to the backend of the flow. If that has refused an earlier datagram, to another."""
@@ -272,6 +295,35 @@ class UdpFront:
                 return None
             return sock
         return None
+
+
+class Datagrams:
+    """Those that come by a shared socket: each is given to the frontend it is for."""
+
+    def __init__(
+        self, relay: UdpRelay, sock: socket.socket, front_of: Callable[[bytes], UdpFront | None]
+    ) -> None:
+        self._relay = relay
+        self._sock = sock
+        self._front_of = front_of
+        relay.loop.add_reader(sock.fileno(), self._take)
+
+    def close(self) -> None:
+        self._relay.loop.remove_reader(self._sock.fileno())
+
+    def _take(self) -> None:
+        for _ in range(DATAGRAMS_AT_ONCE):
+            try:
+                data, extra, _flags, peer = self._sock.recvmsg(LARGEST, 256)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.debug("receive failed", extra={"error": str(error)})
+                continue
+            local = original_destination(extra)
+            front = self._front_of(local)
+            if front is not None:
+                front.take(data, peer, local)
 
 
 def local_address(extra: list[tuple[int, int, bytes]]) -> bytes:

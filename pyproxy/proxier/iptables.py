@@ -48,6 +48,10 @@ def unsupported() -> str | None:
     return None
 
 
+def settled(config: Config) -> Config:
+    return config
+
+
 def prepare(config: Config) -> tuple[str, ...]:
     unset = set_limits(config)
     primary_only = config.node_port_addresses == (PRIMARY,)

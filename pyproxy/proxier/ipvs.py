@@ -47,6 +47,10 @@ def unsupported() -> str | None:
     return why_no_tables()
 
 
+def settled(config: Config) -> Config:
+    return config
+
+
 def prepare(config: Config) -> tuple[str, ...]:
     unset = set_limits(config)
     sysctls = SYSCTLS | (STRICT_ARP if config.ipvs.strict_arp else {})

@@ -20,6 +20,10 @@ def unsupported() -> str | None:
     return why_no_tables()
 
 
+def settled(config: Config) -> Config:
+    return config
+
+
 def prepare(config: Config) -> tuple[str, ...]:
     return set_limits(config)
 

@@ -22,6 +22,7 @@ POD = {4: "10.244.1.10", 6: "fd00:10:244::10"}
 NODE_IP = {4: "192.0.2.11", 6: "fd00:c0de::11"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 VIP = {4: "10.96.0.{}", 6: "fd00:10:96::{}"}
+CAPTURE = "auto"
 SILENCE = 0.3  # seconds without an answer
 
 
@@ -79,7 +80,12 @@ class Node:
         pods = POD[family] + ("/32" if family == 4 else "/128")
         self.env = proxier.Env(
             family=family,
-            config=structs.replace(config, mode="userspace", cluster_cidr=pods),
+            config=structs.replace(
+                config,
+                mode="userspace",
+                cluster_cidr=pods,
+                userspace=structs.replace(config.userspace, capture=CAPTURE),
+            ),
             clock=clock,
             tasks=tasks,
             host=self.host,
