@@ -150,13 +150,7 @@ def find_origin(asm: Assembler, hook: Hook, maps: Fds) -> None:
 
     What is bound to a loopback address could not reach a backend from there.
     """
-    asm.load(R2, R6, SOCKET)
-    asm.jump_if(R2, "==", 0, "pass")
-    if hook.family == 4:
-        asm.load(R3, R2, SOURCE_IP4, 4)
-        asm.store(FP, NOBODY, R3, 4)
-        asm.load(R3, FP, NOBODY, 1)
-        asm.jump_if(R3, "==", 127, "pass")
+    leave_loopback(asm, hook.family)
     cookie(asm, NETNS_COOKIE, CLIENT)
     look_up(asm, maps.origins, CLIENT)
     asm.jump_if(R0, "!=", 0, "origin")
@@ -181,6 +175,23 @@ def find_origin(asm: Assembler, hook: Hook, maps: Fds) -> None:
     asm.store(FP, REVERSE, R0)
     read_address(asm, hook.family, SERVICE)
     asm.store(FP, SERVICE + BACKEND_SIZE, 0, 4)  # the key's end
+
+
+def leave_loopback(asm: Assembler, family: Family) -> None:
+    asm.load(R2, R6, SOCKET)
+    asm.jump_if(R2, "==", 0, "pass")
+    if family == 4:
+        asm.load(R3, R2, SOURCE_IP4, 4)
+        asm.store(FP, NOBODY, R3, 4)
+        asm.load(R3, FP, NOBODY, 1)
+        asm.jump_if(R3, "==", 127, "pass")
+        return
+    for at in (0, 4, 8):
+        asm.load(R3, R2, SOURCE_IP6 + at, 4)
+        asm.jump_if(R3, "!=", 0, "elsewhere")
+    asm.load(R3, R2, SOURCE_IP6 + 12, 4)
+    asm.jump_if(R3, "==", int.from_bytes(b"\0\0\0\1", sys.byteorder), "pass")
+    asm.label("elsewhere")
 
 
 def follow_flow(asm: Assembler, maps: Fds) -> None:

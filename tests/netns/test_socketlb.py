@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from contextlib import ExitStack, asynccontextmanager
 from ipaddress import ip_network
+from random import randrange
 
 import pytest
 
@@ -29,7 +30,10 @@ from pyproxy.model import (
     WeightRule,
 )
 from pyproxy.model import Backend as Balancee
+from pyproxy.proxier import _bpf
+from pyproxy.proxier._socketlb_kernel import SocketBalancer
 from pyproxy.rules.listeners import Listener
+from pyproxy.rules.socketlb_code import Fds
 from tests.netns.node import LOOPBACK, NODE_IP, proxied
 from tests.netns.pods import GATEWAY, POD_IP, plain_socket, pod
 from tests.netns.test_bpf import may_load
@@ -265,6 +269,19 @@ async def test_affinity_keeps_a_client_with_one_endpoint(family, proto, config):
         assert {await client_asks(family, where, proto) for _ in range(8)} == {(moved, True)}
 
 
+async def test_affinity_ends_some_time_after_the_last_connection(config, bpffs):
+    async with balanced(4, config, "a", "b", affinity_seconds=600) as (node, _):
+        where = (node.vip(), 80)
+        first, _ = await client_asks(4, where)
+        affinity = pinned_map(bpffs, "affinity", 16, 32)
+        [client] = affinity.keys()
+        for seconds, name in ((590, first), (610, {"a": "b", "b": "a"}[first])):
+            backend, used_at = struct.unpack("=24sQ", affinity.get(client))
+            affinity[client] = struct.pack("=24sQ", backend, used_at - seconds * 10**9)
+            assert await client_asks(4, where) == (name, True)
+        affinity.close()
+
+
 @both
 @protocols
 async def test_without_endpoints_clients_are_refused_at_once(family, proto, config):
@@ -381,10 +398,11 @@ async def test_source_ranges_are_left_to_the_listeners(family, config):
         assert await client_asks(family, (node.vip(), 80)) == ("a", True)
 
 
-async def test_what_is_bound_to_loopback_is_relayed(config):
-    async with balanced(4, config, "a") as (node, _):
-        client = plain_socket(4)
-        client.bind(("127.0.0.1", 0))
+@both
+async def test_what_is_bound_to_loopback_is_relayed(family, config):
+    async with balanced(family, config, "a") as (node, _):
+        client = plain_socket(family)
+        client.bind((LOOPBACK[family], 0))
         assert await asked((node.vip(), 80), client) == ("a", False)
 
 
@@ -401,16 +419,15 @@ async def test_a_namespace_that_is_not_the_nodes_can_be_left_out(config, bpffs):
         with pod() as stranger, Backend(4, "a", GATEWAY[4]) as backend:
             await node.endpoints("web", backend.address)
             assert await asked((node.vip(), 80), stranger.socket(4)) == ("a", True)
-            origins(bpffs)[bytes(8)] = struct.pack("=I", 0)
+            with pinned_map(bpffs, "origins", 8, 4) as origins:
+                origins[bytes(8)] = struct.pack("=I", 0)
             assert await asked((node.vip(), 80), stranger.socket(4)) == ("a", False)
             assert await client_asks(4, (node.vip(), 80)) == ("a", True)
 
 
-def origins(bpffs):
-    from pyproxy.proxier import _bpf
-
-    [path] = bpffs.glob("pyproxy/*/origins")
-    return _bpf.pinned_map(path, 8, 4)
+def pinned_map(bpffs, name, key_size, value_size):
+    [path] = bpffs.glob(f"pyproxy/*/{name}")
+    return _bpf.pinned_map(path, key_size, value_size)
 
 
 @both
@@ -470,6 +487,28 @@ async def test_sockets_are_balanced_while_no_process_runs_and_by_the_next(family
             assert await exchanged(flow, where) == ("a", True, where)
             await node.carrier.clear()
             assert not list(bpffs.glob("pyproxy/*"))
+
+
+@both
+def test_programs_need_not_be_able_to_refuse(family, test_cgroup):
+    """Before Linux 5.18 they cannot; their listeners do."""
+    balancer = SocketBalancer(family, test_cgroup, None, randrange)
+    fds = Fds(**{name: held.fd for name, held in balancer._maps.items()})
+    for loaded in balancer._load(fds, can_refuse=False).values():
+        loaded.close()
+    balancer.close()
+
+
+async def test_what_was_pinned_goes_when_it_is_switched_off(config, bpffs):
+    with Backend(4, "a") as backend:
+        async with started(4, config) as node:
+            await serve(node, backend.address)
+        assert await client_asks(4, (node.vip(), 80)) == ("a", True)
+        off = Config(userspace=Userspace(cgroup=config.userspace.cgroup, socket_lb="off"))
+        async with proxied(4, off) as node:
+            await serve(node, backend.address)
+            assert not list(bpffs.glob("pyproxy/*"))
+            assert await client_asks(4, (node.vip(), 80)) == ("a", False)
 
 
 async def serve(node, *addresses):
