@@ -110,6 +110,13 @@ class Service(Struct, frozen=True):
     scheduler: Scheduler | None = None  # None: the mode's default
     weights: tuple[WeightRule, ...] = ()
     warnings: tuple[str, ...] = ()  # what was wrong with it and ignored, for the log
+    # What nothing depends on, and people ask about.
+    resource_version: str = ""
+    selector: str = ""  # as kubectl prints it; empty: whoever made its slices chose
+    proxied_ips: tuple[str, ...] = ()  # of status, ipMode Proxy: the load balancer serves them
+    hostnames: tuple[str, ...] = ()  # of status, where there is no address
+    pass_through: str = ""  # annotation kubernetes.io/elb.pass-through
+    elb_class: str = ""  # annotation kubernetes.io/elb.class
 
 
 class Endpoint(Struct, frozen=True, gc=False):
@@ -135,6 +142,7 @@ class EndpointSlice(Struct, frozen=True):
     endpoints: Mapping[PortKey, tuple[Endpoint, ...]]
     triggered_at: float | None = None  # annotation last-change-trigger-time, Unix seconds
     warnings: tuple[str, ...] = ()
+    resource_version: str = ""
 
 
 class Node(Struct, frozen=True):

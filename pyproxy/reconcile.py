@@ -126,6 +126,7 @@ class Reconciler(Generic[K, V]):
             served=self._served,
             conflicts=tuple(line for lines in plan.conflicts.values() for line in lines),
             unserved=tuple(why for whys in self._refused.values() for why in whys.values()),
+            refused={owner: tuple(whys.values()) for owner, whys in self._refused.items()},
             no_local_internal=len(plan.without_local_internal),
             no_local_external=len(plan.without_local_external),
             error=error,

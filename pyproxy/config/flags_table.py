@@ -370,6 +370,13 @@ GROUPS: Final = (
                 placeholder="PATH",
             ),
             Flag("service-cidr", CIDRS, "", "With --manifests: the ranges of cluster IPs."),
+            Flag(
+                "control-socket",
+                STRING,
+                "",
+                "Where commands such as pyproxy explain are answered, to root; empty: nowhere.",
+                placeholder="PATH",
+            ),
             Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
         ),
     ),

@@ -4,7 +4,7 @@ What an object says in a way nobody can use (a bad address among good ones, a mi
 becomes one of its warnings, and the rest of the object counts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from sys import intern
 from typing import Final
@@ -90,7 +90,9 @@ def _service(name: ObjectName, obj: wire.Service) -> Service:
     spec = obj.spec
     warnings: list[str] = []
     cluster_ip4, cluster_ip6 = _cluster_ips(spec, warnings)
-    weights, scheduler = _service_annotations(obj.metadata.annotations, warnings)
+    annotations = obj.metadata.annotations
+    weights, scheduler = _service_annotations(annotations, warnings)
+    ips, proxied_ips, hostnames = _load_balancer(obj.status, warnings)
     return Service(
         name=name,
         type=intern(spec.type) or "ClusterIP",
@@ -98,7 +100,7 @@ def _service(name: ObjectName, obj: wire.Service) -> Service:
         cluster_ip6=cluster_ip6,
         ports=tuple(map(_spec_port, spec.ports or ())),
         external_ips=_addresses("spec.externalIPs", spec.external_ips or (), warnings),
-        load_balancer_ips=_load_balancer_ips(obj.status, warnings),
+        load_balancer_ips=ips,
         source_ranges=_source_ranges(spec.load_balancer_source_ranges or (), warnings),
         affinity_seconds=_affinity_seconds(spec, warnings),
         internal_local=spec.internal_traffic_policy == "Local",
@@ -107,7 +109,17 @@ def _service(name: ObjectName, obj: wire.Service) -> Service:
         scheduler=scheduler,
         weights=weights,
         warnings=tuple(warnings),
+        resource_version=obj.metadata.resource_version,
+        selector=_selector(spec.selector),
+        proxied_ips=proxied_ips,
+        hostnames=hostnames,
+        pass_through=annotations.pass_through if annotations is not None else "",
+        elb_class=annotations.elb_class if annotations is not None else "",
     )
+
+
+def _selector(labels: Mapping[str, str] | None) -> str:
+    return ",".join([f"{name}={value}" for name, value in labels.items()]) if labels else ""
 
 
 def _cluster_ips(spec: wire.ServiceSpec, warnings: list[str]) -> tuple[str | None, str | None]:
@@ -143,12 +155,21 @@ def _addresses(field: str, texts: Iterable[str], warnings: list[str]) -> tuple[s
     return tuple(ips)
 
 
-def _load_balancer_ips(status: wire.ServiceStatus | None, warnings: list[str]) -> tuple[str, ...]:
+def _load_balancer(
+    status: wire.ServiceStatus | None, warnings: list[str]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return the addresses that a node serves, those that it leaves alone, and the names.
+
+    ipMode Proxy: the load balancer must see the packets, also those from inside the cluster.
+    """
     if status is None or status.load_balancer is None or not status.load_balancer.ingress:
-        return ()
-    # ipMode Proxy: the load balancer must see the packets, also those from inside the cluster.
-    ingress = [i.ip for i in status.load_balancer.ingress if i.ip and i.ip_mode in (None, "VIP")]
-    return _addresses("status.loadBalancer.ingress", ingress, warnings)
+        return (), (), ()
+    ingress = status.load_balancer.ingress
+    field = "status.loadBalancer.ingress"
+    served = [i.ip for i in ingress if i.ip and i.ip_mode in (None, "VIP")]
+    others = [i.ip for i in ingress if i.ip and i.ip_mode not in (None, "VIP")]
+    names = tuple(i.hostname for i in ingress if i.hostname and not i.ip)
+    return _addresses(field, served, warnings), _addresses(field, others, []), names
 
 
 def _source_ranges(texts: Iterable[str], warnings: list[str]) -> tuple[Network, ...]:
@@ -214,6 +235,7 @@ def _endpoint_slice(name: ObjectName, obj: wire.EndpointSlice) -> EndpointSlice:
         endpoints=_endpoints_by_port(obj, family, warnings),
         triggered_at=_triggered_at(metadata.annotations, warnings),
         warnings=tuple(warnings),
+        resource_version=metadata.resource_version,
     )
 
 
