@@ -6,7 +6,7 @@ A daemon answers them on its socket, and a command that is given files answers t
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from pyproxy import listing
+from pyproxy import explain, listing
 from pyproxy.view import Answer, Question
 
 VERSION: Final = "v1"
@@ -29,5 +29,11 @@ QUESTIONS: Final[Mapping[str, Entry]] = {
     "routes": Entry(listing.routes, listing.Routes, FILTER, "frontends, and what they do"),
     "conflicts": Entry(
         listing.conflicts, listing.Conflicts, FILTER, "what Services ask for and do not get"
+    ),
+    "explain": Entry(
+        explain.explain,
+        explain.Explanation,
+        ("service", "from", "to"),
+        "what becomes of connections, and why",
     ),
 }

@@ -14,6 +14,8 @@ import msgspec
 from pyproxy.commands import CommandError
 from pyproxy.config import Config, node_name
 from pyproxy.config.flags import Options, parse
+from pyproxy.config.flags_kinds import BOOL
+from pyproxy.config.flags_table import FLAGS
 from pyproxy.ip import parse_network
 from pyproxy.model import FAMILIES, ApiObject, Change, Family, Kind, Remove, Replace, Upsert
 from pyproxy.offline import Objects, view_of
@@ -120,13 +122,30 @@ def parsed(
     made: argparse.ArgumentParser, words: Sequence[str]
 ) -> tuple[argparse.Namespace, Source]:
     """Read the words; return them with who answers. Raises ConfigError and ``SettingsError``."""
-    own, shared = made.parse_known_args(words)
+    shared, rest = divided(words)
+    own = made.parse_args(rest)
     if own.mode is not None:
         shared.append(f"--proxy-mode={own.mode}")
     if own.node_name is not None:
         shared.append(f"--hostname-override={own.node_name}")
     options = parse(shared)
     return own, source(options, own.filename)
+
+
+def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell the flags of ``pyproxy run``, with their values, from a command's own words."""
+    shared: list[str] = []
+    rest: list[str] = []
+    following = iter(words)
+    for word in following:
+        flag = FLAGS.get(word[2:].partition("=")[0]) if word.startswith("--") else None
+        if flag is None or flag.name == "help":
+            rest.append(word)
+        else:
+            shared.append(word)
+            if "=" not in word and flag.kind is not BOOL:
+                shared += [value for value in (next(following, None),) if value is not None]
+    return shared, rest
 
 
 def source(options: Options, files: Sequence[str]) -> Source:
