@@ -119,6 +119,7 @@ class App:
         self._lanes = [self._lane(family, pace) for family in settings.families]
         self._proxiers: list[Proxier] = []
         self._daemon = Daemon(settings.node_name, config, self._lanes)
+        self._daemon.publish(metrics)
 
     async def run(self, *watchdogs: Coroutine[object, object, None]) -> None:
         """Serve until told to stop, or until a watchdog raises. Raises ``Fatal``."""

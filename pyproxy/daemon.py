@@ -1,18 +1,26 @@
 """What the running process tells commands: its parts as one view, and what only it can find out."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Final
 
 from pyproxy.config import Config, gate, node_port_cidrs
 from pyproxy.control import LiveQuestion
 from pyproxy.lane import Lane
-from pyproxy.model import Family
+from pyproxy.listing import DifferenceRow, Verification, VerifiedFamily
+from pyproxy.metrics import Metrics
+from pyproxy.model import Family, Kind, ObjectName
 from pyproxy.plan import Site
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import surroundings
-from pyproxy.reconcile import Proxier
+from pyproxy.reconcile import ApplyError, Proxier, Verified
 from pyproxy.rules.listeners import Surroundings
 from pyproxy.topology import Place
-from pyproxy.view import FamilyView, View
+from pyproxy.view import FamilyView, Query, QueryError, View, asked_service
+
+ATTEMPTS: Final = 20  # to look between two syncs
+PAUSE_SECONDS: Final = 0.05
 
 
 class Daemon:
@@ -28,6 +36,13 @@ class Daemon:
         """Take in who writes a family's plan, once it is known."""
         self._carriers[env.family] = (env, carrier)
 
+    def publish(self, metrics: Metrics) -> None:
+        """Have metrics tell how far each kind of object is written."""
+        kinds: tuple[Kind, ...] = ("Service", "EndpointSlice")
+        for lane in self._lanes:
+            for kind in kinds:
+                metrics.applied(kind, lane.family, partial(lane.written, kind))
+
     def view(self) -> View:
         return View(
             node=self._node,
@@ -38,7 +53,32 @@ class Daemon:
 
     def live(self) -> Mapping[str, LiveQuestion]:
         """Return what is asked about more than the state, by its path."""
-        return {}
+        return {"verify": self._verify}
+
+    async def _verify(self, query: Query) -> Verification:
+        """Have each family's target compared with what was written for a Service."""
+        name = asked_service(query)
+        if name is None:
+            raise QueryError("verify: it needs a service")
+        self.view().service(name)
+        found = [await self._verified(lane, name) for lane in self._lanes]
+        return Verification(self._config.mode, tuple(found))
+
+    async def _verified(self, lane: Lane, name: ObjectName) -> VerifiedFamily:
+        owners = {port.name for port in lane.cache.ports(name)}
+        if not owners:
+            return VerifiedFamily(lane.family, "agrees", 0)
+        if lane.family not in self._carriers:
+            return unknown(lane, "nothing has been written yet")
+        _env, carrier = self._carriers[lane.family]
+        try:
+            for _attempt in range(ATTEMPTS):
+                if (found := await carrier.verify(owners)) is not None:
+                    return compared(lane, found)
+                await asyncio.sleep(PAUSE_SECONDS)
+        except ApplyError as error:
+            return unknown(lane, str(error))
+        return unknown(lane, lane.progress.error or "syncs follow each other too fast to look")
 
     def _family(self, lane: Lane) -> FamilyView:
         known = self._carriers.get(lane.family)
@@ -52,6 +92,16 @@ class Daemon:
             node_port_ips=node_port_ips(env) if env is not None else frozenset(),
             progress=lane.progress,
         )
+
+
+def compared(lane: Lane, found: Verified) -> VerifiedFamily:
+    differences = tuple(DifferenceRow(d.entry, d.wanted, d.held) for d in found.differences)
+    verdict = "differs" if differences else "agrees"
+    return VerifiedFamily(lane.family, verdict, found.entries, differences)
+
+
+def unknown(lane: Lane, why: str) -> VerifiedFamily:
+    return VerifiedFamily(lane.family, "unknown", 0, problem=why)
 
 
 def node_port_ips(env: Env) -> frozenset[str]:

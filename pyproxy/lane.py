@@ -7,7 +7,7 @@ from typing import Protocol
 from msgspec import structs
 
 from pyproxy.cache import Cache, Owners
-from pyproxy.model import Change, Family, HealthPort, ObjectName
+from pyproxy.model import Change, Family, HealthPort, Kind, ObjectName
 from pyproxy.plan import Plan, Planner, Site
 from pyproxy.progress import Progress
 from pyproxy.reconcile import Clock, Proxier
@@ -86,6 +86,10 @@ class Lane:
 
     def health_ports(self) -> dict[ObjectName, HealthPort]:
         return self._planner.plan.health_ports()
+
+    def written(self, kind: Kind) -> int:
+        """Return up to which ``resourceVersion`` all objects of a kind are written; 0: unknown."""
+        return self.progress.written(self.cache.versions).get(kind, 0)
 
     def pending_count(self) -> int:
         return len(self._pending)

@@ -20,7 +20,7 @@ from pyproxy.model import (
 from pyproxy.progress import Progress
 from pyproxy.services import why_no_ports
 from pyproxy.topology import is_local
-from pyproxy.view import Answer, FamilyView, Query, View, asked_service, asked_services
+from pyproxy.view import Answer, FamilyView, Query, QueryError, View, asked_service, asked_services
 
 
 class SliceVersion(Answer, frozen=True):
@@ -83,12 +83,38 @@ def services(view: View, query: Query) -> Services:
         mode=view.mode,
         items=tuple(service_status(view, service) for service in found),
         applied=tuple(applied(view)),
-        errors=tuple(
-            f"IPv{family.family}: {family.progress.error}"
-            for family in view.families
-            if family.progress is not None and family.progress.error is not None
-        ),
+        errors=tuple(errors(view)),
     )
+
+
+class Status(Answer, frozen=True):
+    """The answer of ``/v1/status``: of one Service, also of one that is not there."""
+
+    node: str
+    item: ServiceStatus | None  # null: this node knows of none
+    leaving: int  # ports whose removal is still to be written
+    errors: tuple[str, ...] = ()
+
+
+def status(view: View, query: Query) -> Status:
+    name = asked_service(query)
+    if name is None:
+        raise QueryError("status: it needs a service")
+    known = view.families[0].cache.services().get(name) if view.families else None
+    leaving = {
+        owner
+        for family in view.families
+        for owner in family.owners()
+        if owner.service_name == name and family.cache.port(owner) is None
+    }
+    item = service_status(view, known) if known is not None else None
+    return Status(view.node, item, len(leaving), tuple(errors(view)))
+
+
+def errors(view: View) -> Iterator[str]:
+    for family in view.families:
+        if family.progress is not None and family.progress.error is not None:
+            yield f"IPv{family.family}: {family.progress.error}"
 
 
 def applied(view: View) -> Iterator[Applied]:
@@ -325,3 +351,31 @@ def conflicts(view: View, query: Query) -> Conflicts:
             rows += [Conflict(*owner[:3], "conflict", text) for text in lost]
             rows += [Conflict(*owner[:3], "refused", text) for text in refused]
     return Conflicts(view.node, tuple(rows))
+
+
+# --- what is really there -------------------------------------------------------------------------
+
+
+class DifferenceRow(Answer, frozen=True):
+    """An entry of the kernel, or a socket of ours, that is not as it was written."""
+
+    entry: str
+    wanted: str | None
+    held: str | None  # null: there is none
+
+
+class VerifiedFamily(Answer, frozen=True):
+    """What one family's entries for a Service are like."""
+
+    family: int
+    verdict: str  # agrees, differs, unknown
+    entries: int
+    differences: tuple[DifferenceRow, ...] = ()
+    problem: str = ""  # why it is unknown
+
+
+class Verification(Answer, frozen=True):
+    """The answer of ``/v1/verify``."""
+
+    mode: str
+    families: tuple[VerifiedFamily, ...]

@@ -25,6 +25,9 @@ FILTER = ("service", "namespace")
 
 QUESTIONS: Final[Mapping[str, Entry]] = {
     "services": Entry(listing.services, listing.Services, FILTER, "how far each Service is"),
+    "status": Entry(
+        listing.status, listing.Status, ("service",), "how far one Service is, there or not"
+    ),
     "endpoints": Entry(listing.endpoints, listing.Endpoints, FILTER, "endpoints, and which serve"),
     "routes": Entry(listing.routes, listing.Routes, FILTER, "frontends, and what they do"),
     "conflicts": Entry(

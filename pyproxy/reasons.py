@@ -21,6 +21,7 @@ from pyproxy.model import (
     Reject,
     Service,
     ServicePort,
+    family_of,
 )
 from pyproxy.plan import Site
 from pyproxy.rules.listeners import Origin
@@ -129,16 +130,11 @@ def why_forwarded(subject: Subject, kind: FrontendKind, used: Sequence[Endpoint]
     field = policy(kind)
     local = kind != "ClusterIP" and subject.port.external_local
     text = (
-        "externalTrafficPolicy: Local is for clients outside: others reach all"
+        "externalTrafficPolicy: Local binds clients outside, others may reach every ready endpoint"
         if local
-        else f"{field}: Cluster, so it may be any of"
+        else f"{field}: Cluster, so it may be any ready endpoint"
     )
-    return Reason(
-        "endpoints",
-        subject.name,
-        f"spec.{field}",
-        f"{text} {counted(len(used), 'ready endpoint')}",
-    )
+    return Reason("endpoints", subject.name, f"spec.{field}", f"{text} ({len(used)})")
 
 
 def why_forwarded_here(subject: Subject, kind: FrontendKind, used: Sequence[Endpoint]) -> Reason:
@@ -217,11 +213,11 @@ def why_nowhere(subject: Subject) -> Reason:
 
 
 def why_no_slice(subject: Subject) -> Reason:
-    service = subject.service
+    service, family = subject.service, family_of(subject.port.cluster_ip)
     if service.selector:
-        text = f"selector {service.selector}: there is no EndpointSlice for it in this IP family"
+        text = f"selector {service.selector} matches no ready pod: no EndpointSlice of IPv{family}"
     else:
-        text = "it has no selector, and nobody has made an EndpointSlice for it"
+        text = f"it has no selector, and nobody has made an EndpointSlice of IPv{family} for it"
     return Reason("no-endpoints", subject.name, "spec.selector", text)
 
 

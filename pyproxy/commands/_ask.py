@@ -33,6 +33,9 @@ A = TypeVar("A", bound=Answer)
 class Source(Protocol):
     """Who answers."""
 
+    @property
+    def is_live(self) -> bool: ...
+
     def ask(self, question: str, kind: type[A], query: Mapping[str, str]) -> A:
         """Return the answer. Raises ``CommandError`` with what is wrong with the question."""
         ...
@@ -44,6 +47,8 @@ class NoDaemonError(CommandError):
 
 class Daemon:
     """The pyproxy that serves this node, by its socket."""
+
+    is_live = True
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -81,6 +86,8 @@ class _Connection(http.client.HTTPConnection):
 
 class Files:
     """A plan made here, of objects that were read once."""
+
+    is_live = False
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -211,6 +218,14 @@ async def of_server(options: Options, config: Config, node: str) -> Objects:
     finally:
         await feed.aclose()
     return objects
+
+
+def service_named(text: str) -> str:
+    """Return the NAMESPACE/NAME of ``service/NAMESPACE/NAME``. Raises ``CommandError``."""
+    kind, slash, name = text.partition("/")
+    if kind.lower() not in ("service", "services", "svc") or not slash or "/" not in name:
+        raise CommandError(f"{text} is not service/NAMESPACE/NAME")
+    return name
 
 
 def as_json(answer: Answer) -> str:

@@ -4,13 +4,16 @@ from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
 from pyproxy.commands import CommandError
-from pyproxy.commands._ask import as_json, parsed, parser, show
-from pyproxy.commands._table import WIDTH, table
+from pyproxy.commands._ask import Source, as_json, parsed, parser, service_named, show
+from pyproxy.commands._table import WIDTH, shortened, table
 from pyproxy.explain import Case, Explanation, FrontendCases, Share
+from pyproxy.listing import Verification, VerifiedFamily
+from pyproxy.view import Answer
 
 MARGIN = "  "
 ORIGINS = {"pod": "pods", "node": "the node", "outside": "outside"}
 ENDPOINTS_SHOWN = 12
+DIFFERENCES_SHOWN = 6
 
 
 def main(words: Sequence[str]) -> int:
@@ -21,9 +24,49 @@ def main(words: Sequence[str]) -> int:
     )
     made.add_argument("--to", metavar="IP:PORT", help="where to; /udp or /sctp after it")
     own, source = parsed(made, words)
-    answer = source.ask("explain", Explanation, question(own.object, own.origin, own.to))
-    show(as_json(answer) if own.output == "json" else text(answer))
+    explanation = source.ask("explain", Explanation, question(own.object, own.origin, own.to))
+    verification = verified(source, explanation)
+    answer = Explained(explanation, verification)
+    show(as_json(answer) if own.output == "json" else text(explanation) + found(verification))
     return 0
+
+
+class Explained(Answer, frozen=True):
+    """What ``-o json`` prints. Without a daemon nothing is verified."""
+
+    explanation: Explanation
+    verification: Verification | None
+
+
+def verified(source: Source, explanation: Explanation) -> Verification | None:
+    """Have the daemon look at what is really there for the Service."""
+    if not source.is_live or not explanation.frontends:
+        return None
+    return source.ask("verify", Verification, {"service": explanation.service})
+
+
+def found(verification: Verification | None) -> str:
+    if verification is None:
+        return ""
+    where = "our sockets" if verification.mode == "userspace" else "the kernel"
+    lines = [line for family in verification.families for line in verdict(family, where)]
+    return "".join(f"{line}\n" for line in ("", *lines)) if lines else ""
+
+
+def verdict(family: VerifiedFamily, where: str) -> Iterator[str]:
+    begin = f"verified, IPv{family.family}:"
+    if family.verdict == "unknown":
+        yield from paragraph(f"not {begin} {family.problem}", "")
+    elif family.entries:
+        differing = len(family.differences)
+        if not differing:
+            yield f"{begin} agreed with {where}, {family.entries} entries"
+            return
+        yield f"{begin} NOT AS WRITTEN in {where}, {differing} of {family.entries} entries"
+        for difference in family.differences[:DIFFERENCES_SHOWN]:
+            yield shortened(f"{MARGIN}{difference.entry}", WIDTH)
+            yield shortened(f"{MARGIN * 2}should be  {difference.wanted}", WIDTH)
+            yield shortened(f"{MARGIN * 2}is         {difference.held or 'not there'}", WIDTH)
 
 
 def question(named: str, origin: str | None, to: str | None) -> dict[str, str]:
@@ -34,10 +77,7 @@ def question(named: str, origin: str | None, to: str | None) -> dict[str, str]:
         return {"from": origin or "outside", "to": to}
     if origin or not named:
         raise CommandError("explain: it needs service/NAMESPACE/NAME, or --from WHO --to IP:PORT")
-    kind, slash, name = named.partition("/")
-    if kind.lower() not in ("service", "services", "svc") or not slash:
-        raise CommandError(f"explain: {named} is not service/NAMESPACE/NAME")
-    return {"service": name}
+    return {"service": service_named(named)}
 
 
 def text(answer: Explanation) -> str:
@@ -72,7 +112,7 @@ def headed(answer: Explanation) -> list[str]:
 def of_frontends(found: Sequence[FrontendCases]) -> Iterator[str]:
     """Yield the lines of frontends that fare alike."""
     first = found[0]
-    since = f" since {first.since}" if first.since else ""
+    since = f" since {in_seconds(first.since)}" if first.since else ""
     port = f' port "{first.port}"' if first.port else ""
     where = ", ".join(f"{frontend.frontend} ({frontend.kind})" for frontend in found)
     yield from paragraph(f"{where}{port}, {first.state}{since}", "")
@@ -88,6 +128,11 @@ def of_frontends(found: Sequence[FrontendCases]) -> Iterator[str]:
         for case in cases:
             yield from paragraph(f"{origins(case)}: {outcome(case)}", MARGIN)
         yield from paragraph(f"because {reason} [{what}: {field}]", MARGIN * 2)
+
+
+def in_seconds(moment: str) -> str:
+    """Return an RFC 3339 moment without the fraction of its second."""
+    return moment.partition(".")[0].removesuffix("Z") + "Z"
 
 
 def origins(case: Case) -> str:

@@ -81,13 +81,15 @@ def endpoint_row(item: EndpointRow) -> Sequence[str]:
 
 
 def routes_text(answer: Routes) -> str:
-    head = ("FRONTEND", "KIND", "SERVICE", "FROM PODS", "FROM THE NODE", "FROM OUTSIDE")
-    return table(head, (route_row(item) for item in answer.items))
+    head = ("FRONTEND", "KIND", "SERVICE", "PODS", "NODE", "OUTSIDE")
+    limited = any(item.allowed_sources is not None for item in answer.items)
+    note = "* only for loadBalancerSourceRanges\n" if limited else ""
+    return table(head, (route_row(item) for item in answer.items)) + note
 
 
 def route_row(item: RouteRow) -> Sequence[str]:
     port = f":{item.port}" if item.port else ""
-    limited = "" if item.allowed_sources is None else " (limited)"
+    limited = "" if item.allowed_sources is None else " *"
     return (
         item.frontend, item.kind + limited, f"{item.namespace}/{item.service}{port}",
         brief(item.from_pod), brief(item.from_node), brief(item.from_outside),
@@ -95,7 +97,7 @@ def route_row(item: RouteRow) -> Sequence[str]:
 
 
 def brief(action: str) -> str:
-    return action.replace("forward to ", "to ").replace(", masquerade", ", masq")
+    return action.replace("forward to ", "to ").replace(", masquerade", " masq")
 
 
 def conflicts_text(answer: Conflicts) -> str:

@@ -30,6 +30,8 @@ _USAGE: Final = (
     ("pyproxy demo", "see it work, without a cluster"),
     ("pyproxy render -f FILE", "print the rules for manifests, changing nothing"),
     ("pyproxy get WHAT", "what is programmed, at which version"),
+    ("pyproxy explain SERVICE", "what becomes of connections to it, and why"),
+    ("pyproxy wait SERVICE", "return once it is programmed"),
 )
 _HELP_COLUMN: Final = 30
 

@@ -2,7 +2,7 @@
 
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -11,6 +11,7 @@ from pyproxy.model import Family, Frontend, ServicePortName
 from pyproxy.proxier._sockets import attach_guard, detach_guard, listening, why_not
 from pyproxy.proxier._tcp import TcpFront, TcpRelay
 from pyproxy.proxier._udp import UdpFront, UdpRelay
+from pyproxy.reconcile import Difference
 from pyproxy.rules.guard import DROP_ALL, Program, guard
 from pyproxy.rules.listeners import (
     Listener,
@@ -56,6 +57,16 @@ class Fronts:
 
     def of(self, owner: ServicePortName) -> dict[Frontend, Listener]:
         return self._of_owner.get(owner, {})
+
+    def differing(self, frontend: Frontend, listener: Listener) -> Iterator[Difference]:
+        """Yield how a frontend differs from what it should be; sockets are asked themselves."""
+        held = self._held.get(frontend)
+        does = stance(listener.route)
+        if held is None or held.listener != listener:
+            there = stance(held.listener.route) if held is not None else None
+            yield Difference(f"frontend {frontend}", does, there)
+        elif does != "refuse" and not (held.front and all(map(is_open, held.front.sockets))):
+            yield Difference(f"socket of {frontend}", does, None)
 
     def put(self, frontend: Frontend, listener: Listener, picker: Picker) -> str | None:
         """Make a frontend so; return why it cannot be, and then there is none.
@@ -188,3 +199,11 @@ class Fronts:
         del frontends[frontend]
         if not frontends:
             del self._of_owner[owner]
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Say whether a socket is open, and listens if it is one for connections."""
+    if sock.fileno() < 0:
+        return False
+    is_stream = sock.type == socket.SOCK_STREAM
+    return not is_stream or bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

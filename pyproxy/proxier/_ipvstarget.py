@@ -16,9 +16,10 @@ from typing import cast
 from pyproxy.delta import Delta
 from pyproxy.model import Address, Family, Frontend, ServicePortName
 from pyproxy.proxier import _ipvsnl as nl
+from pyproxy.proxier._ipvscompare import compared, vip_of, weights_of
 from pyproxy.proxier._ipvsnl import Busy, Ipvs, Request
-from pyproxy.proxier._vips import RTPROT_IPVS, Vip, Vips, frontend_of, one_port, whole_address
-from pyproxy.reconcile import ApplyError, Clock, Target
+from pyproxy.proxier._vips import RTPROT_IPVS, Vip, Vips, frontend_of
+from pyproxy.reconcile import ApplyError, Clock, Difference, Target
 from pyproxy.rules.ipvs import (
     BOUND,
     Content,
@@ -101,6 +102,16 @@ class IpvsTarget:
             except OSError as error:
                 raise ApplyError(f"cannot change virtual servers: {error.strerror}") from error
             return refused
+
+    async def compare(self, wanted: Mapping[Key, Content]) -> tuple[Difference, ...]:
+        """List the virtual servers, local addresses and the table anew. Raises ``ApplyError``."""
+        table = {key: content for key, content in wanted.items() if isinstance(key, Item)}
+        found = await self._table.compare(cast(Mapping[Item, TableContent], table))
+        async with self._lock:
+            try:
+                return found + await asyncio.to_thread(compared, *self._sockets(), wanted)
+            except OSError as error:
+                raise ApplyError(f"cannot list virtual servers: {error.strerror}") from error
 
     async def drain(self) -> None:
         """Take away what has become idle, for ever."""
@@ -209,7 +220,7 @@ class IpvsTarget:
     def _take_away(self, key: Key, parts: Parts) -> None:
         """Let a server go, or a destination: at once, or when its last connection ends."""
         if isinstance(key, LocalAddress):
-            users = self._users.get(self._vip(key))
+            users = self._users.get(vip_of(key))
             if users is not None:
                 users.discard(key.owner)
         elif isinstance(key, Frontend):
@@ -294,7 +305,7 @@ class IpvsTarget:
         _ipvs, vips = self._sockets()
         by_vip: dict[Vip, list[LocalAddress]] = {}
         for key in keys:
-            by_vip.setdefault(self._vip(key), []).append(key)
+            by_vip.setdefault(vip_of(key), []).append(key)
         failed = vips.add(vip for vip in by_vip if vip not in self._users)
         refused: dict[Key, str] = {}
         for vip, users in by_vip.items():
@@ -317,9 +328,6 @@ class IpvsTarget:
         for vip in gone:
             del self._users[vip]
 
-    def _vip(self, key: LocalAddress) -> Vip:
-        return whole_address(key.ip) if key.only is None else one_port(key.only, RTPROT_IPVS)
-
     def _sockets(self) -> tuple[Ipvs, Vips]:
         if self._ipvs is None or self._vips is None:
             self._ipvs, self._vips = self._connect()
@@ -336,10 +344,6 @@ def table_delta(delta: Delta[Key, Content]) -> Delta[Item, TableContent]:
             {k: v for k, v in delta.removed.items() if isinstance(k, Item)},
         ),
     )
-
-
-def weights_of(ipvs: Ipvs, server: Frontend) -> dict[Address, int]:
-    return {address: busy.weight for address, busy in ipvs.destinations(server).items()}
 
 
 def idle(busy: Busy, *, doomed: bool) -> bool:
