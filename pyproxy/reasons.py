@@ -171,8 +171,8 @@ def drained(subject: Subject, used: Sequence[Endpoint], where: str) -> Reason:
         "endpoints",
         slices_text(subject),
         "endpoints[].conditions",
-        f"no endpoint{where} is ready, so {counted(len(used), 'terminating one')} "
-        "that still serve are used",
+        f"no endpoint{where} is ready, so those that still serve while they terminate are used "
+        f"({len(used)})",
     )
 
 
@@ -224,7 +224,7 @@ def why_no_slice(subject: Subject) -> Reason:
 def why_empty(subject: Subject) -> Reason:
     """Say why slices that are there have nothing for this port."""
     owner, service = subject.port.name, subject.service
-    keys = {key for part in subject.slices for key in part.endpoints}
+    keys = {key for part in subject.slices for key, found in part.endpoints.items() if found}
     if keys:
         there = listed([named(key) for key in sorted(keys)])
         text = f"no port is {named(PortKey(owner.port, owner.proto))}; there is: {there}"

@@ -222,8 +222,8 @@ async def of_server(options: Options, config: Config, node: str) -> Objects:
 
 def service_named(text: str) -> str:
     """Return the NAMESPACE/NAME of ``service/NAMESPACE/NAME``. Raises ``CommandError``."""
-    kind, slash, name = text.partition("/")
-    if kind.lower() not in ("service", "services", "svc") or not slash or "/" not in name:
+    kind, _, name = text.partition("/")
+    if kind.lower() not in ("service", "services", "svc") or name.count("/") != 1:
         raise CommandError(f"{text} is not service/NAMESPACE/NAME")
     return name
 

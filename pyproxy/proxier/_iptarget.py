@@ -285,6 +285,8 @@ def differing(wanted: Mapping[Item, Content], held: Mapping[Item, Content]) -> I
 
 
 def worded(content: Content) -> str:
+    if content == MEMBER:
+        return "a member"
     return content if isinstance(content, str) else "; ".join(content)
 
 

@@ -328,3 +328,12 @@ def test_a_counter_kept_elsewhere_is_read_at_each_scrape():
     known, unknown = printed(metrics), printed(metrics)
     assert f"# TYPE {name} counter\n{name} 5.0\n" in known
     assert name not in unknown
+
+
+def test_applied_versions_are_read_at_each_scrape():
+    metrics, version = Metrics("nftables", (4,)), [7]
+    metrics.applied("Service", 4, lambda: version[0])
+    name = ("pyproxy_applied_resource_version", "IPv4", "Service")
+    assert samples(metrics)[name] == 7
+    version[0] = 9
+    assert samples(metrics)[name] == 9
