@@ -220,8 +220,13 @@ class App:
             raise Fatal("; ".join(found.errors))
 
     def _lane(self, family: Family, pace: Pace) -> Lane:
-        external_ips = gate(self._settings.config, "AllowServiceExternalIPs")
-        cache = Cache(family, started_at=self._clock.unix(), allow_external_ips=external_ips)
+        config = self._settings.config
+        cache = Cache(
+            family,
+            started_at=self._clock.unix(),
+            allow_external_ips=gate(config, "AllowServiceExternalIPs"),
+            cloud=config.cloud_annotations,
+        )
         return Lane(family, cache, pace, self._clock, self._telemetry, self._synced.set)
 
     def _carrier(self, lane: Lane, ips: NodeIPs, tasks: asyncio.TaskGroup) -> Proxier:

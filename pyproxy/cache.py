@@ -32,12 +32,18 @@ class Cache:
     """
 
     def __init__(
-        self, family: Family, *, started_at: float = 0.0, allow_external_ips: bool = True
+        self,
+        family: Family,
+        *,
+        started_at: float = 0.0,
+        allow_external_ips: bool = True,
+        cloud: str = "",
     ) -> None:
         self._family = family
         self._started_at = started_at
         self._allow_external_ips = allow_external_ips
         self._services: dict[ObjectName, Service] = {}
+        self._cloud = cloud
         self._ports: dict[ObjectName, dict[PortKey, ServicePort]] = {}
         self._slices: dict[ObjectName, dict[ObjectName, EndpointSlice]] = {}
         self._service_of_slice: dict[ObjectName, ObjectName] = {}
@@ -119,7 +125,12 @@ class Cache:
     def _put_service(self, service: Service) -> Owners:
         self._services[service.name] = service
         self._note_version("Service", service.resource_version)
-        ports = service_ports(service, self._family, allow_external_ips=self._allow_external_ips)
+        ports = service_ports(
+            service,
+            self._family,
+            allow_external_ips=self._allow_external_ips,
+            cloud=self._cloud,
+        )
         return self._set_ports(
             service.name, {PortKey(port.name.port, port.name.proto): port for port in ports}
         )

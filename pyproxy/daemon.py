@@ -49,6 +49,7 @@ class Daemon:
             mode=self._config.mode,
             families=tuple(self._family(lane) for lane in self._lanes),
             allow_external_ips=gate(self._config, "AllowServiceExternalIPs"),
+            cloud=self._config.cloud_annotations,
         )
 
     def live(self) -> Mapping[str, LiveQuestion]:

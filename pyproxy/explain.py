@@ -19,6 +19,7 @@ from pyproxy.model import (
     Endpoint,
     Forward,
     Frontend,
+    Pass,
     Pool,
     PortPlan,
     Proto,
@@ -56,7 +57,7 @@ class Case(Answer, frozen=True):
     """What becomes of connections of some origins, and what decided it."""
 
     origins: tuple[str, ...]  # of pod, node, outside
-    action: str  # forward, reject, drop
+    action: str  # forward, reject, drop, pass
     reason: str
     object: str  # that decided,
     field: str  # and which part of it
@@ -227,6 +228,8 @@ def effect(action: Action) -> str:
             return "reject"
         case Drop():
             return "drop"
+        case Pass():
+            return "pass"
 
 
 def shares(pool: Pool, endpoints: Sequence[Endpoint]) -> Iterator[Share]:
@@ -277,11 +280,11 @@ def connection_case(
     origin: Origin,
     source: str | None,
 ) -> Case:
-    """Return what becomes of one connection: sources that are not allowed come first."""
+    """Return what becomes of one connection: only what passes by needs not be allowed."""
     stranger = why_not_admitted(subject.service, route.allowed_sources, source) if source else None
-    if stranger is not None:
-        return Case((origin,), "drop", stranger.text, stranger.object, stranger.field)
     case = case_of(view, family, subject, route, origin, (origin,))
+    if stranger is not None and case.action != "pass":
+        return Case((origin,), "drop", stranger.text, stranger.object, stranger.field)
     back = f"{source} would answer itself (hairpin)"
     hairpins = [s for s in case.endpoints if source and s.address.startswith(f"{source}:")]
     if case.masquerade or not hairpins:

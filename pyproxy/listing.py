@@ -10,6 +10,7 @@ from pyproxy.model import (
     Drop,
     Endpoint,
     Forward,
+    Pass,
     Pool,
     PortPlan,
     Reject,
@@ -316,6 +317,8 @@ def action_text(action: Action) -> str:
             return "reject"
         case Drop():
             return "drop"
+        case Pass():
+            return "pass"
 
 
 # --- conflicts ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from pyproxy import __version__
-from pyproxy.model import PROTOS, Family, Proto
+from pyproxy.model import PROTOS, Family, Kind, Proto
 from pyproxy.report import SyncReport
 
 Result = Literal["forwarded", "dial_failed", "no_endpoint"]
@@ -73,6 +73,7 @@ REQUEST = "rest_client_request_duration_seconds"
 INVALID = "kubeproxy_iptables_ct_state_invalid_dropped_packets_total"
 LOCALHOST = "kubeproxy_iptables_localhost_nodeports_accepted_packets_total"
 
+STALE = "pyproxy_state_stale"
 APPLIED = "pyproxy_applied_resource_version"
 
 IPTABLES = ("iptables",)
@@ -107,6 +108,7 @@ GAUGES = (
     Row("pyproxy_asyncio_tasks", "Tasks of the event loop"),
     Row("pyproxy_conflicts", "Frontends that a second Service asked for", FAMILY),
     Row(APPLIED, "All objects of a kind are written up to this resourceVersion", KIND),
+    Row(STALE, "Whether objects of a kind are known from the state on disk only", ("kind",)),
     Row("pyproxy_frontends", "Frontends that can be served, or not", STATE, ("userspace",)),
 )
 
@@ -200,6 +202,10 @@ class Metrics:
         """Publish the feature gates: (name, stage) to whether it is on; the stage of GA is ''."""
         for (name, stage), enabled in gates.items():
             self.put("kubernetes_feature_enabled", int(enabled), name, stage)
+
+    def stale(self, kind: Kind, *, stale: bool) -> None:
+        """Say whether the objects of a kind are those of an earlier process, from disk."""
+        self._gauges[STALE].labels(kind).set(stale)
 
     def count_tasks(self, task_count: Callable[[], int]) -> None:
         """Read the number of the event loop's tasks here, at each scrape."""

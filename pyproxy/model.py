@@ -20,6 +20,14 @@ Scheduler = Literal["rr", "wrr", "random", "lc", "sh"]
 FAMILIES: tuple[Family, ...] = (4, 6)
 PROTOS: tuple[Proto, ...] = ("TCP", "UDP", "SCTP")
 SCHEDULERS: tuple[Scheduler, ...] = ("rr", "wrr", "random", "lc", "sh")
+# Who carries what pods and the node send to a load balancer's address: this node, the load
+# balancer, or the one where an endpoint is here and else the other.
+BalancerTraffic = Literal["short-circuit", "pass-through", "local-else-pass-through"]
+BALANCER_TRAFFIC: tuple[BalancerTraffic, ...] = (
+    "short-circuit",
+    "pass-through",
+    "local-else-pass-through",
+)
 
 
 def family_of(ip: str) -> Family:
@@ -102,6 +110,7 @@ class Service(Struct, frozen=True):
     ports: tuple[SpecPort, ...] = ()
     external_ips: tuple[str, ...] = ()
     load_balancer_ips: tuple[str, ...] = ()  # of status, ipMode VIP or absent
+    proxied_ips: tuple[str, ...] = ()  # of status, ipMode Proxy
     source_ranges: tuple[Network, ...] = ()
     affinity_seconds: int | None = None  # None: no session affinity
     internal_local: bool = False
@@ -109,13 +118,13 @@ class Service(Struct, frozen=True):
     health_check_node_port: int = 0
     scheduler: Scheduler | None = None  # None: the mode's default
     weights: tuple[WeightRule, ...] = ()
+    balancer_traffic: BalancerTraffic | None = None  # None: ipMode says it
+    cloud_traffic: BalancerTraffic | None = None  # as a cloud's annotation has it
     warnings: tuple[str, ...] = ()  # what was wrong with it and ignored, for the log
     # What nothing depends on, and people ask about.
     resource_version: str = ""
     selector: str = ""  # as kubectl prints it; empty: whoever made its slices chose
-    proxied_ips: tuple[str, ...] = ()  # of status, ipMode Proxy: the load balancer serves them
     hostnames: tuple[str, ...] = ()  # of status, where there is no address
-    pass_through: str = ""  # annotation kubernetes.io/elb.pass-through
     elb_class: str = ""  # annotation kubernetes.io/elb.class
 
 
@@ -213,6 +222,7 @@ class ServicePort(Struct, frozen=True):
     health_check_node_port: int = 0
     scheduler: Scheduler | None = None
     weights: tuple[WeightRule, ...] = ()
+    balancer_traffic: BalancerTraffic = "short-circuit"
 
     @property
     def externally_accessible(self) -> bool:
@@ -265,14 +275,18 @@ class Drop(Struct, frozen=True):
     """Stay silent: endpoints exist, and policy keeps them from this node."""
 
 
-Action = Forward | Reject | Drop
+class Pass(Struct, frozen=True):
+    """Leave it alone: the load balancer that has the address is to see it."""
+
+
+Action = Forward | Reject | Drop | Pass
 
 
 class Route(Struct, frozen=True):
     """What to do with packets that arrive at a frontend, for each origin of a connection.
 
-    ``allowed_sources`` of None admits everybody; any other source is dropped before the origin
-    is looked at.
+    ``allowed_sources`` of None admits everybody; any other source is dropped, unless what it
+    sends is none of this node's business.
     """
 
     frontend: Frontend

@@ -35,6 +35,7 @@ def view_of(
         mode=mode,
         families=tuple(family_view(family, objects, config, node) for family in families),
         allow_external_ips=gate(config, "AllowServiceExternalIPs"),
+        cloud=config.cloud_annotations,
     )
 
 
@@ -45,8 +46,12 @@ def node_in(objects: Objects, name: str) -> Node:
 
 
 def family_view(family: Family, objects: Objects, config: Config, node: Node) -> FamilyView:
-    external_ips = gate(config, "AllowServiceExternalIPs")
-    cache, planner = Cache(family, allow_external_ips=external_ips), Planner()
+    cache = Cache(
+        family,
+        allow_external_ips=gate(config, "AllowServiceExternalIPs"),
+        cloud=config.cloud_annotations,
+    )
+    planner = Planner()
     for kind in KINDS:
         for obj in objects.get(kind, ()):
             cache.apply(Upsert(kind, obj))

@@ -17,6 +17,7 @@ from pyproxy.model import (
     Forward,
     FrontendKind,
     Network,
+    Pass,
     PortKey,
     Reject,
     Service,
@@ -27,13 +28,14 @@ from pyproxy.plan import Site
 from pyproxy.rules.listeners import Origin
 from pyproxy.topology import EndpointSets, endpoint_sets, is_draining, is_local, weight_of
 
-Code = Literal["endpoints", "no-endpoints", "no-local-endpoints", "source-ranges"]
+Code = Literal["endpoints", "no-endpoints", "no-local-endpoints", "source-ranges", "pass-through"]
 
 EFFECTS: Final[Mapping[Code, type[Action]]] = {
     "endpoints": Forward,
     "no-endpoints": Reject,
     "no-local-endpoints": Drop,
     "source-ranges": Drop,
+    "pass-through": Pass,
 }
 SHOWN: Final = 4  # of a list of names
 
@@ -68,6 +70,8 @@ class Subject(Struct, frozen=True):
 def why(subject: Subject, kind: FrontendKind, origin: Origin) -> Reason:
     """Say why connections of an origin that a frontend of this kind admits fare as they do."""
     sets = subject.sets
+    if is_balanced(subject, kind, origin):
+        return why_balanced(subject, sets)
     if not sets.anywhere:
         return why_nowhere(subject)
     if not bound_to_node(subject, kind, origin):
@@ -80,6 +84,8 @@ def why(subject: Subject, kind: FrontendKind, origin: Origin) -> Reason:
 def why_masquerade(subject: Subject, kind: FrontendKind, origin: Origin) -> str | None:
     """Say why what is forwarded gets this node's address; None if it keeps the client's."""
     port, site = subject.port, subject.site
+    if is_balanced(subject, kind, origin):
+        return "the connection is the node's own" if origin == "node" else None
     if kind != "ClusterIP":
         if not port.external_local:
             return "externalTrafficPolicy: Cluster, so replies must pass through this node"
@@ -110,8 +116,17 @@ def bound_to_node(subject: Subject, kind: FrontendKind, origin: Origin) -> bool:
     """Say whether traffic policy Local keeps this origin to the endpoints of this node."""
     if kind == "ClusterIP":
         return subject.port.internal_local
-    inside = origin == "node" or (origin == "pod" and subject.site.detects_pods)
-    return subject.port.external_local and not inside
+    return subject.port.external_local and not is_inside(subject, origin)
+
+
+def is_balanced(subject: Subject, kind: FrontendKind, origin: Origin) -> bool:
+    """Say whether the Service itself tells who carries connections to its load balancer."""
+    told = subject.port.balancer_traffic != "short-circuit"
+    return kind == "LoadBalancer" and told and is_inside(subject, origin)
+
+
+def is_inside(subject: Subject, origin: Origin) -> bool:
+    return origin == "node" or (origin == "pod" and subject.site.detects_pods)
 
 
 # --- forwarded ------------------------------------------------------------------------------------
@@ -174,6 +189,25 @@ def drained(subject: Subject, used: Sequence[Endpoint], where: str) -> Reason:
         f"no endpoint{where} is ready, so those that still serve while they terminate are used "
         f"({len(used)})",
     )
+
+
+# --- past this node -------------------------------------------------------------------------------
+
+
+def why_balanced(subject: Subject, sets: EndpointSets) -> Reason:
+    """Say why pods and the node go by the load balancer, or stay on this node."""
+    service, place, told = subject.service, subject.site.place, subject.port.balancer_traffic
+    is_own = service.balancer_traffic is not None
+    annotation = "pyproxy.io/load-balancer-traffic" if is_own else "kubernetes.io/elb.pass-through"
+    field = f"metadata.annotations[{annotation}]"
+    if told == "pass-through":
+        text = f"{annotation} asks {told}: what pods and the node send goes by the load balancer"
+        return Reason("pass-through", subject.name, field, text)
+    if sets.local:
+        text = f"{annotation} asks {told}, and {counted(len(sets.local), 'endpoint')}"
+        return Reason("endpoints", subject.name, field, f"{text} {be(sets.local)} on {place.node}")
+    text = f"{annotation} asks {told}, and no ready endpoint is on {place.node}"
+    return Reason("pass-through", subject.name, field, text)
 
 
 # --- neither --------------------------------------------------------------------------------------

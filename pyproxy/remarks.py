@@ -17,8 +17,12 @@ def not_ours(view: View, service: Service) -> Iterator[tuple[str, str]]:
     reasons = [why_no_ports(service, family) for family in sorted(families)]
     if reasons and all(reasons):
         yield str(service.name), str(reasons[0])
+    served = {
+        ip for f in view.families for p in f.cache.ports(service.name) for ip in p.load_balancer_ips
+    }
     for ip in service.proxied_ips:
-        yield ip, f"{ip} has ipMode Proxy, so this node leaves it to the load balancer"
+        if ip not in served:
+            yield ip, f"{ip} has ipMode Proxy, so this node leaves it to the load balancer"
     for name in service.hostnames:
         yield name, f"status has the host name {name} and no address: nothing for a node to match"
     if not view.allow_external_ips:
@@ -47,7 +51,7 @@ def owner_of(
 def own_addresses(service: Service) -> tuple[str | None, ...]:
     return (
         service.cluster_ip4, service.cluster_ip6, *service.external_ips,
-        *service.load_balancer_ips,
+        *service.load_balancer_ips, *service.proxied_ips,
     )  # fmt: skip
 
 
@@ -77,22 +81,28 @@ def remarks(view: View, service: Service) -> Iterator[str]:
 
 
 def pass_through(view: View, service: Service) -> Iterator[str]:
-    """Yield what becomes of ``kubernetes.io/elb.pass-through``, and where it cannot work."""
-    asked = service.pass_through
-    if asked not in ("true", "onlyLocal") and not service.proxied_ips:
-        return
-    if asked in ("true", "onlyLocal") and service.load_balancer_ips:
+    """Yield where annotations of a cloud count for nothing, or lead nowhere."""
+    asked = service.cloud_traffic is not None and service.balancer_traffic is None
+    if asked and view.cloud != "huawei":
         yield (
-            f"annotation kubernetes.io/elb.pass-through: {asked} asks pass-through, but "
-            f"{listed(service.load_balancer_ips)} has ipMode VIP, so this node serves it itself"
+            f"annotation kubernetes.io/elb.pass-through asks {service.cloud_traffic}, and counts "
+            "only with --cloud-annotations=huawei: this node goes by ipMode"
         )
     here = listed(sorted(local_endpoints(view, service)))
-    if here and service.elb_class == DEDICATED:
+    if here and service.elb_class == DEDICATED and passes(view, service):
         yield (
             f"annotation asks pass-through, backend on this node ({here}): a dedicated ELB "
             "(kubernetes.io/elb.class: performance) cannot hairpin, so clients on this node that "
-            "are given it get no answer"
+            "are given it get no answer; local-else-pass-through avoids that"
         )
+
+
+def passes(view: View, service: Service) -> bool:
+    """Say whether connections of this node's pods go by the load balancer."""
+    ports = [port for family in view.families for port in family.cache.ports(service.name)]
+    if any(port.balancer_traffic == "pass-through" for port in ports):
+        return True
+    return any("ipMode Proxy" in reason for _address, reason in not_ours(view, service))
 
 
 def local_endpoints(view: View, service: Service) -> set[str]:

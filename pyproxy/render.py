@@ -35,6 +35,7 @@ from pyproxy.model import (
     Kind,
     Network,
     Node,
+    Pass,
     PortPlan,
     Route,
     ServiceCIDR,
@@ -346,20 +347,29 @@ def listener_rows(owner: str, route: Route) -> Iterator[ListenerRow]:
     if stance(route) == "refuse":
         yield ListenerRow(owner, where, "everybody", "refuse", "")
         return
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     actions = {"pods": route.from_pod, "the node": route.from_node, "others": route.from_outside}
     for origin, action in actions.items():
-        groups.setdefault(backends_text(action), []).append(origin)
+        groups.setdefault((verb_of(action), backends_text(action)), []).append(origin)
     within = ""
     if route.allowed_sources is not None:
         within = f" in {', '.join(map(str, route.allowed_sources))}"
-    for backends, origins in groups.items():
+    for (verb, backends), origins in groups.items():
         whom = "everybody" if len(groups) == 1 else ", ".join(origins)
-        yield ListenerRow(
-            owner, where, f"{whom}{within}", "serve" if backends else "silent", backends
-        )
+        among = "" if verb == "pass by" else within
+        yield ListenerRow(owner, where, f"{whom}{among}", verb, backends)
     if within:
         yield ListenerRow(owner, where, "everybody else", "silent", "")
+
+
+def verb_of(action: Action) -> str:
+    match action:
+        case Forward():
+            return "serve"
+        case Pass():
+            return "pass by"
+        case _:
+            return "silent"
 
 
 def backends_text(action: Action) -> str:

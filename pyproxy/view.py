@@ -64,6 +64,7 @@ class View(NamedTuple):
     mode: str
     families: tuple[FamilyView, ...]
     allow_external_ips: bool = True
+    cloud: str = ""  # whose annotations count
 
     def service(self, name: ObjectName) -> Service:
         """Return a Service. Raises ``NotThereError``."""

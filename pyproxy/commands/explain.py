@@ -12,6 +12,11 @@ from pyproxy.view import Answer
 
 MARGIN = "  "
 ORIGINS = {"pod": "pods", "node": "the node", "outside": "outside"}
+WORDS = {
+    "reject": "reject: refused at once",
+    "drop": "drop: no answer",
+    "pass": "pass: not touched, the load balancer gets it",
+}
 ENDPOINTS_SHOWN = 12
 DIFFERENCES_SHOWN = 6
 
@@ -143,7 +148,7 @@ def origins(case: Case) -> str:
 
 def outcome(case: Case) -> str:
     if case.action != "forward":
-        return {"reject": "reject: refused at once", "drop": "drop: no answer"}[case.action]
+        return WORDS[case.action]
     parts = [f"forward to {len(case.endpoints)} endpoint{'s' * (len(case.endpoints) != 1)}"]
     if case.affinity_seconds is not None:
         parts.append(f"a client keeps its own for {case.affinity_seconds} s")

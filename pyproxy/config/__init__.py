@@ -17,6 +17,7 @@ from pyproxy.model import Family, Network, Node, family_of
 Mode = Literal["auto", "userspace", "iptables", "nftables", "ipvs"]
 MODES: Final[tuple[Mode, ...]] = ("auto", "userspace", "iptables", "nftables", "ipvs")
 DETECT_LOCAL_MODES: Final = ("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix")
+CLOUDS: Final = ("", "huawei")
 PRIMARY: Final = "primary"  # the word that nodePortAddresses may have instead of CIDRs
 HEALTHZ_PORT: Final = 10256
 METRICS_PORT: Final = 10249
@@ -162,6 +163,7 @@ class Config(Struct, frozen=True, rename=file_name):
     conntrack: Conntrack = Conntrack()
     config_sync_period_seconds: Seconds = 900.0
     port_range: str = ""
+    cloud_annotations: str = ""  # pyproxy's own: the cloud whose annotations count
     windows_run_as_service: bool = False
 
 

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from pyproxy.config import (
+    CLOUDS,
     DETECT_LOCAL_MODES,
     GATES,
     IPVS,
@@ -75,6 +76,7 @@ def validate(config: Config) -> tuple[str, ...]:
         *_period_problems(config),
         *_ipvs_problems(config),
         *_detect_local_problems(config),
+        *_cloud_problems(config),
         *_node_port_problems(config.node_port_addresses),
     )
 
@@ -159,6 +161,11 @@ def _ipvs_problems(config: Config) -> Iterator[str]:
     if config.mode == "ipvs":
         yield from _negative(config, _NOT_NEGATIVE_IN_IPVS)
         yield from _cidr_problems("ipvs.excludeCIDRs", config.ipvs.exclude_cidrs)
+
+
+def _cloud_problems(config: Config) -> Iterator[str]:
+    if config.cloud_annotations not in CLOUDS:
+        yield f"cloudAnnotations: {_not_one_of(config.cloud_annotations, CLOUDS[1:])}"
 
 
 def _detect_local_problems(config: Config) -> Iterator[str]:

@@ -377,6 +377,21 @@ GROUPS: Final = (
                 "Where commands such as pyproxy explain are answered, to root; empty: nowhere.",
                 placeholder="PATH",
             ),
+            Flag(
+                "state-dir",
+                STRING,
+                "",
+                "Where the cluster's last known state is kept, for a start without the API server; "
+                "empty: nowhere.",
+                placeholder="PATH",
+            ),
+            Flag(
+                "cloud-annotations",
+                STRING,
+                "cloud_annotations",
+                "The cloud whose annotations of Services count: huawei.",
+                placeholder="CLOUD",
+            ),
             Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
         ),
     ),

@@ -16,13 +16,14 @@ from pyproxy.delta import Delta
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import surroundings
+from pyproxy.proxier._bypass import Bypass
 from pyproxy.proxier._fronts import Fronts
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
 from pyproxy.proxier._unclaimed import Unclaimed, Unsupported
-from pyproxy.proxier._vips import Vip, Vips, one_port, whole_address
+from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
 from pyproxy.reconcile import ApplyError, Difference, Proxier, Reconciler
-from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address
+from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address, passes_by
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
 DRAIN_SECONDS = 5.0
@@ -48,13 +49,15 @@ async def cleanup(family: Family, *, ours: bool = True) -> str | None:
     """Remove the local routes: all that outlives the process. kube-proxy has none."""
     if not ours:
         return None
-    routes = Vips(family, None)
+    routes, bypass = Vips(family, None), Bypass(family, RTPROT_PYPROXY)
     try:
         left = routes.remove(routes.listed())
+        bypass.clear()
     except OSError as error:
         return f"cannot list local routes: {error.strerror}"
     finally:
         routes.close()
+        bypass.close()
     return "; ".join(left.values()) or None
 
 
@@ -78,6 +81,7 @@ class Frontends:
         self._local: set[Vip] = set()  # what has a route of ours
         self._leaving: asyncio.TimerHandle | None = None  # for routes that are still in use
         self._vips: Vips | None = None
+        self._bypass: Bypass | None = None
         self._unclaimed: Unclaimed | None = None
         env.host.on_change(self._look_around)
 
@@ -87,6 +91,7 @@ class Frontends:
             await self._env.host.read()
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
+            self._bypass = Bypass(self._env.family, RTPROT_PYPROXY)
             self._unclaimed = self._silencer()
         try:
             self._local = self._vips.listed()
@@ -106,6 +111,7 @@ class Frontends:
             if count % OPENED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         wanted = self._wanted(self._fronts.held() - delta.removed.keys())
+        self._lead_past(frontend for users in wanted.values() for frontend in users)
         refused |= self._make_local(wanted)
         self._unroute(self._local - wanted.keys())
         self._close(delta.removed)
@@ -145,6 +151,8 @@ class Frontends:
         self._udp.close_all()
         if self._vips is not None:
             self._vips.close()
+        if self._bypass is not None:
+            self._bypass.close()
         if self._unclaimed is not None:
             self._unclaimed.close()
 
@@ -194,6 +202,13 @@ class Frontends:
         return {
             frontend: f"{owners[frontend]}: {frontend}: {why}" for frontend, why in lost.items()
         }
+
+    def _lead_past(self, frontends: Iterable[Frontend]) -> None:
+        """Let pods and the node reach the load balancer itself where they are to."""
+        assert self._bypass is not None, "adopt comes before apply"
+        passed = [f for f in frontends if passes_by(self._fronts.listener(f).route)]
+        for problem in self._bypass.put(passed, self._around.pods).values():
+            log.warning("pods reach a load balancer through this node", extra={"why": problem})
 
     def _unroute(self, unwanted: set[Vip]) -> None:
         """Remove these routes; one that open connections come by stays until they are over."""

@@ -14,6 +14,7 @@ from msgspec import Struct
 from pyproxy.model import (
     Address,
     Frontend,
+    Pass,
     Pool,
     PortPlan,
     Route,
@@ -40,6 +41,7 @@ from pyproxy.rules.nftables import (
     pool_entrance,
     pool_of,
     refusal,
+    whole_entrance,
 )
 
 SERVED = "served"  # a set: the frontends that virtual servers serve
@@ -92,6 +94,10 @@ def entrance_of(name: str, *rules: Rule) -> Entrance:
 CARRIED = entrance_of("carried", Rule("carried", (Verdict("accept"),)))
 
 
+def masked(ruleset: nftables.Ruleset) -> Entrance:
+    return entrance_of("masquerade", Rule("masquerade", (SetMark(ruleset.mark),)))
+
+
 def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Key, Content]) -> Items:
     """Return the items of one owner; ``before`` has those it had."""
     items: Items = {}
@@ -104,7 +110,7 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Key, Content
             items[Item("cluster-ips", packed_ip(ip), port.owner)] = PRESENT
             items[LocalAddress(ip, None, port.owner)] = BOUND
         if route.allowed_sources is not None:
-            items |= widened(guarded(key, route.allowed_sources))
+            items |= widened(guarded(key, route))
         pool = carried_pool(route)
         if pool is not None:
             items |= carried(ruleset, port, route, pool, before)
@@ -114,8 +120,13 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Key, Content
 
 
 def carried_pool(route: Route) -> Pool | None:
-    """Return the pool of a frontend's virtual server; None if it has none."""
-    return None if refusal(route) is not None else pool_of(route.from_outside)
+    """Return the pool of a frontend's virtual server; None if it has none.
+
+    A virtual server also takes what the node sends: where that is to pass by, the table serves.
+    """
+    if isinstance(route.from_node, Pass) or refusal(route) is not None:
+        return None
+    return pool_of(route.from_outside)
 
 
 def carried(
@@ -194,11 +205,12 @@ def table_items(
         return {Item(place.refusals, key): Element(key, data=verdict, comment=comment)}
     if route.kind == "ClusterIP":
         return {}  # masquerading is a rule of the fixed part
-    entrance = entrance_for(ruleset, port, route, place)
+    passes = isinstance(route.from_node, Pass)
+    entrance = (whole_entrance if passes else entrance_for)(ruleset, port, route, place)
     items: Items = {Item(box, name, port.owner): what for box, name, what in entrance.needs}
     goto = Verdict("goto", entrance.chain)
     items[Item(place.frontends, key)] = Element(key, data=goto, comment=comment)
-    if picks_apart(route):
+    if passes or picks_apart(route):
         numbered = numbered_endpoints(route, place, key, table_part(before))
         items |= {i: c for i, c in numbered.items() if i.container == place.endpoints}
     return items
@@ -213,12 +225,13 @@ def entrance_for(ruleset: nftables.Ruleset, port: PortPlan, route: Route, place:
     """Return the chain for an external frontend that forwards at least one origin."""
     whole, outside = pool_of(route.from_node), pool_of(route.from_outside)
     assert whole is not None, "what the node cannot reach, nobody can"
+    strangers = masked(ruleset) if masquerades(route.from_outside) else CARRIED
     if not picks_apart(route):
-        if masquerades(route.from_outside):
-            return entrance_of("masquerade", Rule("masquerade", (SetMark(ruleset.mark),)))
-        return local_only(ruleset, port.owner, CARRIED, CARRIED, place)
+        if masquerades(route.from_pod):
+            return strangers
+        return local_only(ruleset, port.owner, CARRIED, strangers, place)
     pick = pool_entrance(port, whole, place, place.endpoints)
-    return local_only(ruleset, port.owner, pick, CARRIED if outside else None, place)
+    return local_only(ruleset, port.owner, pick, strangers if outside else None, place)
 
 
 def widened(part: Mapping[Item, TableContent]) -> Items:

@@ -10,6 +10,7 @@ from msgspec import structs
 
 from pyproxy.cache import Cache
 from pyproxy.model import (
+    BALANCER_TRAFFIC,
     Address,
     EndpointSlice,
     Forward,
@@ -96,6 +97,7 @@ def services(family, name):
         internal_local=flags,
         external_local=flags,
         scheduler=st.sampled_from([None, "rr", "sh"]),
+        balancer_traffic=st.sampled_from([None, *BALANCER_TRAFFIC]),
         weights=st.sampled_from(
             [
                 (),

@@ -4,7 +4,7 @@ Their backends always see an address of this node: nothing is said of masqueradi
 """
 
 from pyproxy.host import LOOPBACK
-from pyproxy.model import Drop, Forward, Frontend
+from pyproxy.model import Drop, Forward, Frontend, Pass
 from pyproxy.rules.guard import guard
 from pyproxy.rules.listeners import (
     Surroundings,
@@ -34,6 +34,8 @@ class Listeners:
         if listener is None:
             return self._unclaimed(packet)
         route = listener.route
+        if isinstance(action_for(route, packet.sender.ip, self.around), Pass):
+            return UNTOUCHED  # a routing rule leads it past
         match stance(route):
             case "refuse":
                 return REFUSED  # there is no socket

@@ -98,7 +98,8 @@ def test_the_file_of_kubeadm_is_read_unchanged():
 
 
 def test_a_file_has_every_field_of_the_api():
-    assert _names(dump(Config())) - {"featureGates", "logging.format", "logging.vmodule"} == (
+    own = {"cloudAnnotations"}
+    assert _names(dump(Config())) - own - {"featureGates", "logging.format", "logging.vmodule"} == (
         _names(yaml.safe_load(KUBEADM))
         | {"logging.options.json.splitStream", "logging.options.text.splitStream"}
     )

@@ -135,6 +135,12 @@ def test_load_balancer_ips_are_those_that_end_here(ingress, ips):
     assert service(status={"loadBalancer": {"ingress": [ingress]}}).load_balancer_ips == ips
 
 
+def test_load_balancer_ips_that_a_node_should_leave_alone_are_known():
+    ingress = [{"ip": "203.0.113.1", "ipMode": "Proxy"}, {"ip": "203.0.113.2"}]
+    decoded = service(status={"loadBalancer": {"ingress": ingress}})
+    assert (decoded.proxied_ips, decoded.load_balancer_ips) == (("203.0.113.1",), ("203.0.113.2",))
+
+
 def test_source_ranges_are_read_leniently_and_the_bad_ones_told():
     decoded = service(
         loadBalancerSourceRanges=[" 203.0.113.000/025", "10.1.2.3/8", "x", "10.0.0.0/8", "fd00::/8"]
@@ -231,4 +237,4 @@ def test_what_people_ask_about_is_kept():
     )
     assert (found.selector, found.hostnames) == ("app=web,tier=b", ("x",))
     assert (found.load_balancer_ips, found.proxied_ips) == (("203.0.113.9",), ("203.0.113.11",))
-    assert (found.pass_through, found.elb_class) == ("true", "performance")
+    assert (found.cloud_traffic, found.elb_class) == ("pass-through", "performance")

@@ -30,8 +30,11 @@ THERE = Endpoint(address(7), node="node-b")
 THERE_TOO = Endpoint(address(8), node="node-c")
 
 
-def view(*objects, mode="nftables", node_port_ips=(NODE_IP,), allow_external_ips=True, **site):
-    cache, planner = Cache(4, allow_external_ips=allow_external_ips), Planner()
+def view(
+    *objects, mode="nftables", node_port_ips=(NODE_IP,), allow_external_ips=True, cloud="", **site
+):
+    cache = Cache(4, allow_external_ips=allow_external_ips, cloud=cloud)
+    planner = Planner()
     for obj in objects:
         cache.apply(Upsert(type(obj).__name__, obj))
     where = Site(Place("node-a", "zone-a"), node_ip=NODE_IP, **site)
@@ -43,7 +46,7 @@ def view(*objects, mode="nftables", node_port_ips=(NODE_IP,), allow_external_ips
     )
     ips = frozenset(node_port_ips)
     family = FamilyView(4, cache, planner.plan, where, around, ips)
-    return View("node-a", mode, (family,), allow_external_ips)
+    return View("node-a", mode, (family,), allow_external_ips, cloud)
 
 
 def web(*endpoints, **fields):
@@ -342,12 +345,65 @@ def remarks(objects, **world):
 
 
 def test_pass_through_and_a_backend_here_is_a_dead_end_of_a_dedicated_elb():
-    asked = {**EXTERNAL, "pass_through": "true", "elb_class": "performance"}
-    first, second = remarks(web(here(1), **asked))
-    assert "asks pass-through, but 198.18.0.1 has ipMode VIP" in first
-    assert "backend on this node (10.244.1.1): a dedicated ELB" in second
-    assert len(remarks(web(THERE, **asked))) == 1
+    asked = {**EXTERNAL, "balancer_traffic": "pass-through", "elb_class": "performance"}
+    (dead_end,) = remarks(web(here(1), **asked))
+    assert "backend on this node (10.244.1.1): a dedicated ELB" in dead_end
+    assert remarks(web(THERE, **asked)) == ()
+    (dead_end,) = remarks(web(here(1), proxied_ips=("198.18.0.2",), elb_class="performance"))
+    assert "cannot hairpin" in dead_end
+    asked["balancer_traffic"] = "local-else-pass-through"
+    assert remarks(web(here(1), **asked)) == ()
     assert remarks(web(here(1), **EXTERNAL)) == ()
+
+
+def test_an_annotation_of_a_cloud_that_does_not_count_is_told():
+    (told,) = remarks(web(here(1), **EXTERNAL, cloud_traffic="pass-through"))
+    assert "counts only with --cloud-annotations=huawei" in told
+    assert remarks(web(here(1), **EXTERNAL, cloud_traffic="pass-through"), cloud="huawei") == ()
+
+
+@pytest.mark.parametrize(
+    ("objects", "expected"),
+    [
+        pytest.param(
+            web(here(1), **EXTERNAL, balancer_traffic="pass-through"),
+            "pass: pyproxy.io/load-balancer-traffic asks pass-through: what pods and the node send "
+            "goes by the load balancer",
+            id="pass-through",
+        ),
+        pytest.param(
+            web(THERE, **EXTERNAL, balancer_traffic="local-else-pass-through"),
+            "pass: pyproxy.io/load-balancer-traffic asks local-else-pass-through, and no ready "
+            "endpoint is on node-a",
+            id="none here",
+        ),
+        pytest.param(
+            web(here(1), THERE, **EXTERNAL, balancer_traffic="local-else-pass-through"),
+            "forward: pyproxy.io/load-balancer-traffic asks local-else-pass-through, and 1 "
+            "endpoint is on node-a",
+            id="one here",
+        ),
+    ],
+)
+def test_who_carries_pods_traffic_to_a_load_balancer_is_the_annotations_to_say(objects, expected):
+    case = cases(objects, "LoadBalancer")["pod"]
+    assert f"{case.action}: {case.reason}" == expected
+    assert case.field == "metadata.annotations[pyproxy.io/load-balancer-traffic]"
+    assert cases(objects, "LoadBalancer")["outside"].action == "forward"
+
+
+def test_source_ranges_are_not_for_what_passes_by():
+    ranges = (ip_network("203.0.113.0/24"),)
+    asked = {**EXTERNAL, "source_ranges": ranges, "balancer_traffic": "pass-through"}
+    assert only(connection(web(here(1), **asked), "198.18.0.1:80", POD)).action == "pass"
+    assert only(connection(web(here(1), **asked), "198.18.0.1:80", "8.8.8.8")).action == "drop"
+
+
+def test_an_address_of_ip_mode_proxy_that_the_annotation_gives_to_this_node_is_ours():
+    objects = web(here(1), proxied_ips=("198.18.0.2",), balancer_traffic="short-circuit")
+    found = explain(view(*objects), {"service": "default/web"})
+    assert found.not_ours == ()
+    assert "198.18.0.2:80/TCP" in [f.frontend for f in found.frontends]
 
 
 def test_what_was_wrong_with_a_service_is_repeated():
