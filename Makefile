@@ -13,7 +13,7 @@ KIT ?= ../shared/conformance
 TOOLS := ip:iproute2 unshare:util-linux nft:nftables iptables:iptables conntrack:conntrack ipset:ipset
 KIT_TOOLS := nft:nftables iptables:iptables conntrack:conntrack ipset:ipset
 
-.PHONY: help setup demo test check format scenarios netns conformance bench clean
+.PHONY: help setup demo test check format scenarios netns conformance bench commands clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
 
@@ -44,6 +44,9 @@ bench: $(VENV)/ready  ## figures, as ratios to something measured in the same ru
 
 scenarios: $(VENV)/ready  ## rewrite what the scenario files say the rules are: read it as a change
 	$(BIN)/pytest -q tests/scenarios --rewrite
+
+commands: setup  ## rewrite what docs/commands.md shows of the commands: real output
+	$(BIN)/python -m docs.make_commands
 
 format: $(VENV)/ready  ## put the code into its form
 	$(BIN)/ruff format .

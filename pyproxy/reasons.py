@@ -149,7 +149,9 @@ def why_forwarded(subject: Subject, kind: FrontendKind, used: Sequence[Endpoint]
         if local
         else f"{field}: Cluster, so it may be any ready endpoint"
     )
-    return Reason("endpoints", subject.name, f"spec.{field}", f"{text} ({len(used)})")
+    left_out = len(subject.endpoints) - len(weighted(subject))
+    count = f"{len(used)}, and {left_out} of weight 0 get none" if left_out else f"{len(used)}"
+    return Reason("endpoints", subject.name, f"spec.{field}", f"{text} ({count})")
 
 
 def why_forwarded_here(subject: Subject, kind: FrontendKind, used: Sequence[Endpoint]) -> Reason:

@@ -65,7 +65,8 @@ def verdict(family: VerifiedFamily, where: str) -> Iterator[str]:
     elif family.entries:
         differing = len(family.differences)
         if not differing:
-            yield f"{begin} agreed with {where}, {family.entries} entries"
+            entries = f"{family.entries} entr{'y' if family.entries == 1 else 'ies'}"
+            yield f"{begin} agreed with {where}, {entries}"
             return
         yield f"{begin} NOT AS WRITTEN in {where}, {differing} of {family.entries} entries"
         for difference in family.differences[:DIFFERENCES_SHOWN]:

@@ -22,7 +22,13 @@ from tests.netns.stage import folder_of, isolated, staged
 REQUESTS = 12
 SILENCE_SECONDS = 0.5
 NODE_IP = NODES[0].machine.ips[0]
-RESULTS = {"forward": {"ok"}, "reject": {"refused"}, "drop": {"timed out"}}
+BEYOND = {"timed out"}, {"unreachable"}  # the lab has no load balancer
+RESULTS = {
+    "forward": ({"ok"},),
+    "reject": ({"refused"},),
+    "drop": ({"timed out"},),
+    "pass": BEYOND,
+}
 
 
 async def compared(stage):
@@ -50,7 +56,7 @@ async def compared(stage):
 
 def wrong(case, origin, replies):
     results = {reply.result for reply in replies}
-    if results != RESULTS[case.action]:
+    if results not in RESULTS[case.action]:
         yield f"came back: {sorted(results)}"
     pods = {share.pod for share in case.endpoints if share.probability}
     if not {reply.pod for reply in replies if reply.pod} <= pods:

@@ -111,6 +111,20 @@ spec:
 ---
 apiVersion: v1
 kind: Service
+metadata:
+  name: passing
+  namespace: default
+  annotations: {{pyproxy.io/load-balancer-traffic: pass-through}}
+spec:
+  type: LoadBalancer
+  clusterIP: 10.96.0.26
+  allocateLoadBalancerNodePorts: false
+  selector: {{app: my-nginx}}
+  ports: [{{port: 80}}]
+status: {{loadBalancer: {{ingress: [{{ip: 198.18.0.26}}]}}}}
+---
+apiVersion: v1
+kind: Service
 metadata: {{name: heads, namespace: default}}
 spec:
   clusterIP: None
@@ -138,6 +152,7 @@ class Stage:
         """Run pyproxy, as root of the node would."""
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "pyproxy", *words, "--control-socket", str(self.socket),
+            cwd=self.manifests.parent,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -80,3 +80,12 @@ def test_explain_tells_what_somebody_else_has_changed(told):
         "userspace": "NOT AS WRITTEN in our sockets, 1 of",
     }
     assert expected[told["mode"]] in output
+
+
+def test_the_page_of_the_commands_shows_what_they_say_now():
+    words = [sys.executable, "-m", "docs.make_commands", "--check"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
+    if b"Unavailable" in output and not os.environ.get("CI"):
+        pytest.skip(output.decode().strip().splitlines()[-1])
+    assert (process.returncode, output) == (0, b""), "make commands rewrites it"

@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,10 @@ from pyproxy.commands import CommandError
 from pyproxy.commands._ask import divided, service_named
 from pyproxy.commands._table import age, fitting, shortened, table
 from pyproxy.commands.wait import at_version, condition_of
+from pyproxy.config import Config
+from pyproxy.daemon import Daemon
 from pyproxy.listing import PortStatus, ServiceStatus, Status
+from pyproxy.questions import QUESTIONS
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 MANIFESTS = """
@@ -217,3 +221,10 @@ def test_files_that_make_no_sense_are_named(tmp_path, capsys):
     code = main(["get", "services", "-f", str(tmp_path)])
     assert code == 1
     assert "bad.yaml" in capsys.readouterr().err
+
+
+def test_each_question_of_the_api_is_on_its_page():
+    page = Path("docs/commands.md").read_text()
+    daemon = Daemon("here", Config(), ())
+    paths = {"about", *QUESTIONS, *daemon.live()}
+    assert {path for path in paths if f"| `/v1/{path}` |" not in page} == set()
