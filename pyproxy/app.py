@@ -244,6 +244,9 @@ class App:
             resync=lane.resync,
             cleaned=partial(self._metrics.conntrack_reconciled, lane.family),
             drifted=partial(self._drifted, tasks, lane.family),
+            restored=self._metrics.restored,
+            counted=self._metrics.count_elsewhere,
+            passed=partial(self._metrics.passed, lane.family),
         )
         carrier = proxier.load(self._settings.config.mode).build(env)
         self._daemon.carries(env, carrier)
@@ -317,7 +320,10 @@ class App:
 
         A process of its own, so that this one never imports a mode that it does not run.
         """
-        words = (sys.executable, "-m", "pyproxy", "cleanup", f"--keep={self._settings.config.mode}")
+        config = self._settings.config
+        words = [sys.executable, "-m", "pyproxy", "cleanup", f"--keep={config.mode}"]
+        if config.ipvs.exclude_cidrs:
+            words.append(f"--ipvs-exclude-cidrs={','.join(config.ipvs.exclude_cidrs)}")
         try:
             async with asyncio.timeout(CLEANUP_SECONDS):
                 process = await asyncio.create_subprocess_exec(

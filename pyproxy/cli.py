@@ -77,7 +77,7 @@ def run(options: Options) -> int:
     for oddity in oddities:
         log.warning(oddity)
     if options.cleanup:
-        return clean_up(options.keep)
+        return clean_up(options.keep, config)
     return serve(options, config, node_name(config, hostname), text)
 
 
@@ -111,6 +111,7 @@ def serve(options: Options, config: Config, node: str, text: str | None) -> int:
     """Run until a signal or a reason to end; exit code 1 for the latter."""
     try:
         config = with_mode(config, resolved_mode(config.mode))
+        config = proxier.load(config.mode).settled(config)
     except LookupError as error:
         return fail(str(error))
     return in_loop(options.event_loop, lambda: serving(options, config, node, text))
@@ -162,6 +163,8 @@ async def serving(options: Options, config: Config, node: str, text: str | None)
         adjust_oom_score(config.oom_score_adj)
         files = raise_file_limit()
         known = {"version": __version__, "mode": config.mode, "node": node, "files": files}
+        if config.mode == "userspace":
+            known["capture"] = config.userspace.capture
         log.info("pyproxy", extra=known)
         watchdogs = [until_changed(Path(options.config), text)] if text is not None else []
         await App(settings, feed, metrics, SystemClock()).run(*watchdogs)
@@ -170,7 +173,7 @@ async def serving(options: Options, config: Config, node: str, text: str | None)
     return 0
 
 
-def clean_up(keep: str) -> int:
+def clean_up(keep: str, config: Config) -> int:
     """Remove what each mode may have left on this node, and say what could not be removed.
 
     Of the mode to keep, only what kube-proxy left in its stead is removed.
@@ -185,7 +188,7 @@ def clean_up(keep: str) -> int:
             f"{mode}, IPv{family}: {problem}"
             for mode in proxier.modes()
             for family in families()
-            if (problem := await proxier.load(mode).cleanup(family, ours=mode != keep)) is not None
+            if (problem := await proxier.load(mode).cleanup(family, config, ours=mode != keep))
         ]
         return fail(*problems) if problems else 0
 

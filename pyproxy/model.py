@@ -7,7 +7,7 @@ so once, by ``ip.canonical_ip``; only source ranges keep the types of ``ipaddres
 
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from msgspec import Struct
 
@@ -15,19 +15,15 @@ Family = Literal[4, 6]
 Proto = Literal["TCP", "UDP", "SCTP"]
 Network = IPv4Network | IPv6Network
 FrontendKind = Literal["ClusterIP", "ExternalIP", "LoadBalancer", "NodePort"]
-Scheduler = Literal["rr", "wrr", "random", "lc", "sh"]
-
-FAMILIES: tuple[Family, ...] = (4, 6)
-PROTOS: tuple[Proto, ...] = ("TCP", "UDP", "SCTP")
-SCHEDULERS: tuple[Scheduler, ...] = ("rr", "wrr", "random", "lc", "sh")
+Scheduler = Literal["rr", "wrr", "random", "lc", "wlc", "sh", "dh", "mh", "sed", "nq"]
 # Who carries what pods and the node send to a load balancer's address: this node, the load
 # balancer, or the one where an endpoint is here and else the other.
 BalancerTraffic = Literal["short-circuit", "pass-through", "local-else-pass-through"]
-BALANCER_TRAFFIC: tuple[BalancerTraffic, ...] = (
-    "short-circuit",
-    "pass-through",
-    "local-else-pass-through",
-)
+
+FAMILIES: tuple[Family, ...] = (4, 6)
+PROTOS: tuple[Proto, ...] = ("TCP", "UDP", "SCTP")
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
+BALANCER_TRAFFIC: tuple[BalancerTraffic, ...] = get_args(BalancerTraffic)
 
 
 def family_of(ip: str) -> Family:

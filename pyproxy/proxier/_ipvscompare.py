@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Mapping
 
 from pyproxy.model import Address, Frontend
+from pyproxy.proxier._ipvslocal import Leads, vip_of
 from pyproxy.proxier._ipvsnl import Ipvs
-from pyproxy.proxier._vips import RTPROT_IPVS, Vip, Vips, one_port, whole_address
+from pyproxy.proxier._vips import Vip
 from pyproxy.reconcile import Difference
 from pyproxy.rules.ipvs import BOUND, Content, Destination, Key, LocalAddress, Server
 
 
-def compared(ipvs: Ipvs, vips: Vips, wanted: Mapping[Key, Content]) -> tuple[Difference, ...]:
+def compared(ipvs: Ipvs, leads: Leads, wanted: Mapping[Key, Content]) -> tuple[Difference, ...]:
     """Return what is not there so; items of the table are passed over. Raises ``OSError``."""
-    servers, listed = ipvs.servers(), vips.listed()
+    servers, listed = ipvs.servers(), leads.listed()
     asked = {key.server for key in wanted if isinstance(key, Destination)}
     weights = {server: weights_of(ipvs, server) for server in asked & servers.keys()}
     return tuple(differing(servers, weights, listed, wanted))
@@ -47,10 +48,6 @@ def worded(content: Content) -> str:
             return f"weight {content}"
         case _:
             return "a route of ours"
-
-
-def vip_of(key: LocalAddress) -> Vip:
-    return whole_address(key.ip) if key.only is None else one_port(key.only, RTPROT_IPVS)
 
 
 def weights_of(ipvs: Ipvs, server: Frontend) -> dict[Address, int]:

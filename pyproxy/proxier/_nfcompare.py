@@ -2,26 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from typing import Protocol
 
-from pyproxy.model import Family
 from pyproxy.proxier._nfnetlink import NfTables
 from pyproxy.proxier._nfpack import RuleForm, rule_form, set_form
 from pyproxy.reconcile import Difference
-from pyproxy.rules.nft import Chain, Element, Rule, Set, Table
+from pyproxy.rules.nft import Element, Set, Table
 from pyproxy.rules.nft_affinity import AFFINITY_SET, CHAIN, Content
+from pyproxy.rules.nft_file import Base
 from pyproxy.rules.nft_text import element_text, rule_text
-from pyproxy.rules.nftables import PRESENT, Item, Ruleset
-
-
-class Base(Protocol):
-    """The fixed part of a table: a module."""
-
-    @property
-    def CHAINS(self) -> tuple[Chain, ...]: ...
-    def table(self, family: Family) -> Table: ...
-    def sets(self, family: Family) -> tuple[Set, ...]: ...
-    def rules(self, ruleset: Ruleset) -> tuple[Rule, ...]: ...
+from pyproxy.rules.nftables import PRESENT, Item
 
 
 def compared(table: Table, base: Base, wanted: Mapping[Item, Content]) -> tuple[Difference, ...]:

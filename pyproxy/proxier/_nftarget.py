@@ -13,7 +13,7 @@ from typing import TypeVar
 from pyproxy.delta import Delta
 from pyproxy.model import ServicePortName
 from pyproxy.proxier import _nfpack as pack
-from pyproxy.proxier._nfcompare import Base, compared, plain
+from pyproxy.proxier._nfcompare import compared, plain
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nfpack import RuleForm, rule_form, set_form
 from pyproxy.proxier._nfread import OWN_RUN
@@ -21,6 +21,7 @@ from pyproxy.reconcile import ApplyError, Difference
 from pyproxy.rules import nft_base
 from pyproxy.rules.nft import Chain, Element, Rule, Set, Table, packed_ip
 from pyproxy.rules.nft_affinity import AFFINITY_SET, CHAIN, Content
+from pyproxy.rules.nft_file import Base
 from pyproxy.rules.nftables import Item, Ruleset
 
 IN_A_THREAD = 2000  # items: fewer are written before a thread would have started

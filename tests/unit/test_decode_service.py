@@ -205,8 +205,8 @@ def test_bad_annotations_are_warnings_and_leave_the_defaults():
         warnings=(
             'annotation pyproxy.io/weights: "x" is not SELECTOR=WEIGHT with a weight of 0 to 65535;'
             " the whole annotation is ignored",
-            'annotation pyproxy.io/scheduler: "y" is not one of rr, wrr, random, lc, sh;'
-            " it is ignored",
+            'annotation pyproxy.io/scheduler: "y" is not one of rr, wrr, random, lc, wlc, sh, '
+            "dh, mh, sed, nq; it is ignored",
         ),
     )
 
