@@ -25,7 +25,7 @@ from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
 from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
-from pyproxy.reconcile import ApplyError, Proxier, Reconciler
+from pyproxy.reconcile import ApplyError, Difference, Proxier, Reconciler
 from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address, passes_by
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
@@ -132,6 +132,19 @@ class Frontends:
         self._unroute(self._local - wanted.keys())
         self._close(delta.removed)
         return refused
+
+    async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
+        """Look at our sockets, and at the kernel's local routes. Raises ``ApplyError``."""
+        assert self._vips is not None, "what was written was adopted before"
+        try:
+            listed = self._vips.listed()
+        except OSError as error:
+            raise ApplyError(f"cannot list local routes: {error.strerror}") from error
+        found = [d for f, listener in wanted.items() for d in self._fronts.differing(f, listener)]
+        held = self._fronts.held()
+        missing = self._wanted(f for f in wanted if f in held).keys() - listed
+        lost = [Difference(f"local route {vip.ip}", "a route of ours", None) for vip in missing]
+        return (*found, *lost)
 
     async def clear(self) -> None:
         """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""
