@@ -208,8 +208,13 @@ class App:
             raise Fatal("; ".join(found.errors))
 
     def _lane(self, family: Family, pace: Pace) -> Lane:
-        external_ips = gate(self._settings.config, "AllowServiceExternalIPs")
-        cache = Cache(family, started_at=self._clock.unix(), allow_external_ips=external_ips)
+        config = self._settings.config
+        cache = Cache(
+            family,
+            started_at=self._clock.unix(),
+            allow_external_ips=gate(config, "AllowServiceExternalIPs"),
+            cloud=config.cloud_annotations,
+        )
         return Lane(family, cache, pace, self._clock, self._telemetry, self._synced.set)
 
     def _carrier(self, lane: Lane, ips: NodeIPs, tasks: asyncio.TaskGroup) -> Proxier:
@@ -227,6 +232,9 @@ class App:
             resync=lane.resync,
             cleaned=partial(self._metrics.conntrack_reconciled, lane.family),
             drifted=partial(self._drifted, tasks, lane.family),
+            restored=self._metrics.restored,
+            counted=self._metrics.count_elsewhere,
+            passed=partial(self._metrics.passed, lane.family),
         )
         return proxier.load(self._settings.config.mode).build(env)
 
@@ -298,7 +306,10 @@ class App:
 
         A process of its own, so that this one never imports a mode that it does not run.
         """
-        words = (sys.executable, "-m", "pyproxy", "cleanup", f"--keep={self._settings.config.mode}")
+        config = self._settings.config
+        words = [sys.executable, "-m", "pyproxy", "cleanup", f"--keep={config.mode}"]
+        if config.ipvs.exclude_cidrs:
+            words.append(f"--ipvs-exclude-cidrs={','.join(config.ipvs.exclude_cidrs)}")
         try:
             async with asyncio.timeout(CLEANUP_SECONDS):
                 process = await asyncio.create_subprocess_exec(

@@ -32,11 +32,17 @@ class Cache:
     """
 
     def __init__(
-        self, family: Family, *, started_at: float = 0.0, allow_external_ips: bool = True
+        self,
+        family: Family,
+        *,
+        started_at: float = 0.0,
+        allow_external_ips: bool = True,
+        cloud: str = "",
     ) -> None:
         self._family = family
         self._started_at = started_at
         self._allow_external_ips = allow_external_ips
+        self._cloud = cloud
         self._ports: dict[ObjectName, dict[PortKey, ServicePort]] = {}
         self._slices: dict[ObjectName, dict[ObjectName, EndpointSlice]] = {}
         self._service_of_slice: dict[ObjectName, ObjectName] = {}
@@ -102,7 +108,12 @@ class Cache:
         return times
 
     def _put_service(self, service: Service) -> Owners:
-        ports = service_ports(service, self._family, allow_external_ips=self._allow_external_ips)
+        ports = service_ports(
+            service,
+            self._family,
+            allow_external_ips=self._allow_external_ips,
+            cloud=self._cloud,
+        )
         return self._set_ports(
             service.name, {PortKey(port.name.port, port.name.proto): port for port in ports}
         )

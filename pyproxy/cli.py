@@ -71,7 +71,7 @@ def run(options: Options) -> int:
     for oddity in oddities:
         log.warning(oddity)
     if options.cleanup:
-        return clean_up(options.keep)
+        return clean_up(options.keep, config)
     return serve(options, config, node_name(config, hostname), text)
 
 
@@ -191,7 +191,7 @@ async def serving(options: Options, config: Config, node: str, text: str | None)
     return 0
 
 
-def clean_up(keep: str) -> int:
+def clean_up(keep: str, config: Config) -> int:
     """Remove what each mode may have left on this node, and say what could not be removed.
 
     Of the mode to keep, only what kube-proxy left in its stead is removed.
@@ -206,7 +206,7 @@ def clean_up(keep: str) -> int:
             f"{mode}, IPv{family}: {problem}"
             for mode in proxier.modes()
             for family in families()
-            if (problem := await proxier.load(mode).cleanup(family, ours=mode != keep)) is not None
+            if (problem := await proxier.load(mode).cleanup(family, config, ours=mode != keep))
         ]
         return fail(*problems) if problems else 0
 

@@ -1,5 +1,7 @@
 """What one sync did: all that health, metrics and the log ever learn about it."""
 
+from collections.abc import Mapping
+
 from msgspec import Struct
 
 from pyproxy.model import Family
@@ -24,3 +26,13 @@ class SyncReport(Struct, frozen=True):
     no_local_external: int = 0
     triggered_at: tuple[float, ...] = ()  # Unix seconds; endpoint changes this sync carried out
     error: str | None = None
+
+
+class RestoreReport(Struct, frozen=True):
+    """What one sync wrote by ``iptables-restore``; numbers of rules, by table."""
+
+    family: Family
+    full: bool
+    failed: bool  # something was refused, whether or not the rest could be written
+    owned: Mapping[str, int]  # all that are ours, those that were not written again included
+    written: Mapping[str, int]

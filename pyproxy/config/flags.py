@@ -45,6 +45,7 @@ class Options(Struct, frozen=True):
     version: bool = False
     help: bool = False
     manifests: str = ""
+    state_dir: str = "/var/lib/pyproxy"
     service_cidr: tuple[str, ...] = ("10.96.0.0/16", "fd00:10:96::/112")
     event_loop: Literal["auto", "uvloop", "asyncio"] = "auto"
     healthz_port: int = HEALTHZ_PORT

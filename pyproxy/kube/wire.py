@@ -28,6 +28,8 @@ class ServiceLabels(Wire):
 class ServiceAnnotations(Wire):
     weights: str = field(default="", name="pyproxy.io/weights")
     scheduler: str = field(default="", name="pyproxy.io/scheduler")
+    balancer_traffic: str = field(default="", name="pyproxy.io/load-balancer-traffic")
+    elb_pass_through: str = field(default="", name="kubernetes.io/elb.pass-through")
 
 
 class ServiceMetadata(Wire):

@@ -6,12 +6,14 @@ Those that the capture takes have no socket of their own; all others do.
 import logging
 import socket
 from collections.abc import Mapping, Sequence
+from socket import SocketType
 
 from msgspec import Struct
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Family, Frontend, Proto, ServicePortName
 from pyproxy.proxier._capture import Capture
+from pyproxy.proxier._datagrams import Datagrams
 from pyproxy.proxier._sockets import (
     attach_guard,
     check_free,
@@ -21,7 +23,7 @@ from pyproxy.proxier._sockets import (
     why_not,
 )
 from pyproxy.proxier._tcp import TcpFront, TcpRelay
-from pyproxy.proxier._udp import Datagrams, UdpFront, UdpRelay
+from pyproxy.proxier._udp import UdpFront, UdpRelay
 from pyproxy.rules.guard import DROP_ALL, Program, guard
 from pyproxy.rules.listeners import (
     Listener,
@@ -58,7 +60,7 @@ class Fronts:
         if capture.sockets is not None:
             self.sockets.append(capture.sockets.tcp)
             tcp.listen(capture.sockets.tcp, self)
-            self._datagrams = Datagrams(udp, capture.sockets.udp, self.udp_front)
+            self._datagrams = Datagrams(udp.poller, capture.sockets.udp, self.udp_front)
         self._held: dict[Frontend, Held] = {}
         self._of_owner: dict[ServicePortName, dict[Frontend, Listener]] = {}
         self._around = Surroundings()
@@ -116,7 +118,7 @@ class Fronts:
             front.update(listener, picker)
             self._protect(front.sockets, listener)
 
-    def front_of(self, client: socket.socket) -> TcpFront | None:
+    def front_of(self, client: SocketType) -> TcpFront | None:
         """Return the frontend that a client wants who came by the shared socket."""
         ip, port = client.getsockname()[:2]
         front = self._front(ip, port, "TCP")

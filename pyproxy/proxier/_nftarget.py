@@ -8,10 +8,10 @@ import asyncio
 import errno
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from pyproxy.delta import Delta
-from pyproxy.model import Family, ServicePortName
+from pyproxy.model import ServicePortName
 from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nfpack import RuleForm, rule_form, set_form
@@ -20,23 +20,13 @@ from pyproxy.reconcile import ApplyError
 from pyproxy.rules import nft_base
 from pyproxy.rules.nft import Chain, Element, Rule, Set, Table, packed_ip
 from pyproxy.rules.nft_affinity import AFFINITY_SET, CHAIN, Content
+from pyproxy.rules.nft_file import Base
 from pyproxy.rules.nftables import PRESENT, Item, Ruleset
 
 IN_A_THREAD = 2000  # items: fewer are written before a thread would have started
 K = TypeVar("K")
 V = TypeVar("V")
 NODE_PORT_IPS = "node-port-ips"
-
-
-class Base(Protocol):
-    """The fixed part of a table: a module."""
-
-    @property
-    def CHAINS(self) -> tuple[Chain, ...]: ...
-    def table(self, family: Family) -> Table: ...
-    def sets(self, family: Family) -> tuple[Set, ...]: ...
-    def rules(self, ruleset: Ruleset) -> tuple[Rule, ...]: ...
-
 
 Forms = tuple[RuleForm, ...]
 

@@ -7,6 +7,7 @@ import socket
 import struct
 from contextlib import suppress
 from functools import lru_cache
+from socket import SocketType
 
 from pyproxy.model import Family, Proto
 from pyproxy.rules.guard import DROP_ALL, Program
@@ -76,7 +77,8 @@ def listening(
         if guard is not None:
             attach_guard(sock, guard)
         if proto == "TCP":
-            keep_alive(sock)  # the sockets that it accepts inherit this
+            keep_alive(sock)  # the sockets that it accepts inherit this, and that
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.bind((ip, port))
             sock.listen(BACKLOG)
         else:
@@ -127,9 +129,10 @@ def shared(family: Family, proto: Proto) -> socket.socket:
             asked = IP_RECVORIGDSTADDR if family == 4 else IPV6_RECVORIGDSTADDR
             sock.setsockopt(level, asked, 1)
         else:
-            # The sockets that it accepts inherit both. They hold the ports of frontends, which
+            # The sockets that it accepts inherit all. They hold the ports of frontends, which
             # those who come later must be able to bind to.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
         sock.bind((LOOPBACK[family], 0))
         if proto == "TCP":
@@ -175,14 +178,14 @@ def check_free(ip: str, port: int, proto: Proto) -> None:
         sock.bind((ip, port))
 
 
-def keep_alive(sock: socket.socket) -> None:
+def keep_alive(sock: SocketType) -> None:
     """Have the kernel notice a peer that is gone without a word."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def enlarge_queue(sock: socket.socket) -> None:
+def enlarge_queue(sock: SocketType) -> None:
     """Let more datagrams wait for us. Without root, as many as net.core.rmem_max allows."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, DATAGRAM_QUEUE)
@@ -218,7 +221,7 @@ def detach_guard(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
-def reset(sock: socket.socket) -> None:
+def reset(sock: SocketType) -> None:
     """Close a TCP socket so that the other side sees a reset."""
     with suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))

@@ -16,6 +16,7 @@ from pyproxy.delta import Delta
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import surroundings
+from pyproxy.proxier._bypass import Bypass
 from pyproxy.proxier._capture import WAYS, Capture, best, why_not
 from pyproxy.proxier._fronts import Fronts
 from pyproxy.proxier._lookup import Unsupported
@@ -23,9 +24,9 @@ from pyproxy.proxier._socketlb import Balanced
 from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
-from pyproxy.proxier._vips import Vip, Vips, one_port, whole_address
+from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
 from pyproxy.reconcile import ApplyError, Proxier, Reconciler
-from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address
+from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address, passes_by
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
 DRAIN_SECONDS = 5.0
@@ -58,18 +59,20 @@ def build(env: Env) -> Proxier:
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
-async def cleanup(family: Family, *, ours: bool = True) -> str | None:
+async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
     """Remove the local routes: all that outlives the process. kube-proxy has none."""
     if not ours:
         return None
-    routes = Vips(family, None)
+    routes, bypass = Vips(family, None), Bypass(family, RTPROT_PYPROXY)
     try:
         remove_pins(family)
         left = routes.remove(routes.listed())
+        bypass.clear()
     except OSError as error:
         return f"cannot remove local routes and programs: {error}"
     finally:
         routes.close()
+        bypass.close()
     return "; ".join(left.values()) or None
 
 
@@ -86,13 +89,16 @@ class Frontends:
             conntrack.udp_stream_timeout_seconds or defaults.stream,
         )
         observe = env.observe
-        self._tcp = TcpRelay(env.tasks, self._surroundings, partial(observe, "TCP"))
-        self._udp = UdpRelay(self._surroundings, timeouts, partial(observe, "UDP"))
+        self._tcp = TcpRelay(self._surroundings, partial(observe, "TCP"))
+        self._udp = UdpRelay(
+            self._tcp.poller, self._surroundings, timeouts, partial(observe, "UDP")
+        )
         self._opened: Fronts | None = None
         self._pickers: dict[ServicePortName, Picker] = {}
         self._local: set[Vip] = set()  # what has a route of ours
         self._leaving: asyncio.TimerHandle | None = None  # for routes that are still in use
         self._vips: Vips | None = None
+        self._bypass: Bypass | None = None
         env.host.on_change(self._look_around)
 
     async def adopt(self) -> Mapping[Frontend, Listener]:
@@ -102,6 +108,7 @@ class Frontends:
             self._opened = Fronts(self._env.family, self._tcp, self._udp, self._way())
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
+            self._bypass = Bypass(self._env.family, RTPROT_PYPROXY)
         try:
             self._local = self._vips.listed()
         except OSError as error:
@@ -120,6 +127,7 @@ class Frontends:
             if count % OPENED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         wanted = self._wanted(self._fronts.held() - delta.removed.keys())
+        self._lead_past(frontend for users in wanted.values() for frontend in users)
         refused |= self._make_local(wanted)
         self._unroute(self._local - wanted.keys())
         self._close(delta.removed)
@@ -127,7 +135,7 @@ class Frontends:
 
     async def clear(self) -> None:
         """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""
-        problem = await cleanup(self._env.family)
+        problem = await cleanup(self._env.family, self._env.config)
         self._local.clear()
         if problem is not None:
             raise ApplyError(problem)
@@ -148,6 +156,8 @@ class Frontends:
         self._udp.close_all()
         if self._vips is not None:
             self._vips.close()
+        if self._bypass is not None:
+            self._bypass.close()
 
     def _serve(
         self, owner: ServicePortName, listeners: dict[Frontend, Listener]
@@ -193,6 +203,13 @@ class Frontends:
         return {
             frontend: f"{owners[frontend]}: {frontend}: {why}" for frontend, why in lost.items()
         }
+
+    def _lead_past(self, frontends: Iterable[Frontend]) -> None:
+        """Let pods and the node reach the load balancer itself where they are to."""
+        assert self._bypass is not None, "adopt comes before apply"
+        passed = [f for f in frontends if passes_by(self._fronts.listener(f).route)]
+        for problem in self._bypass.put(passed, self._around.pods).values():
+            log.warning("pods reach a load balancer through this node", extra={"why": problem})
 
     def _unroute(self, unwanted: set[Vip]) -> None:
         """Remove these routes; one that open connections come by stays until they are over."""

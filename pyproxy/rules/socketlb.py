@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
-from pyproxy.balancer import turn_of
+from pyproxy.balancer import BY_CLIENT, BY_CONNECTIONS, turn_of
 from pyproxy.model import Action, Address, Forward, Frontend, Pool, Proto, Reject, family_of
 from pyproxy.rules.listeners import Listener
 from pyproxy.rules.nft import packed_ip
@@ -65,7 +65,7 @@ def content(
         return None
     from_pod, from_node = pool_for_pods(route.from_pod), pool_of(route.from_node)
     pools = [pool for pool in (from_pod, from_node) if pool is not None]
-    if any(pool.scheduler in ("lc", "sh") for pool in pools):
+    if any(pool.scheduler in BY_CONNECTIONS | BY_CLIENT for pool in pools):
         return None
     node_list = FOR_PODS if from_node == from_pod else FOR_NODE
     old = before.slots if before is not None else {}

@@ -2,12 +2,14 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pyproxy.config import Config, Userspace
 from pyproxy.proxier import _bpf
+from tests.netns.standin import NODE_IP, printed
 
 ALLOW = bytes.fromhex("b7000000010000009500000000000000")  # r0 = 1; exit
 
@@ -97,3 +99,14 @@ def run(*command):
     done = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     _, said = done.communicate()
     assert done.returncode == 0, said
+
+
+@pytest.fixture
+def uplink():
+    """Give packets a way out that ends at once, and leave nothing of a proxy behind."""
+    printed("ip", "link", "add", "uplink", "type", "bridge")
+    printed("ip", "link", "set", "uplink", "arp", "off", "up")
+    printed("ip", "route", "add", "default", "dev", "uplink", "src", NODE_IP)
+    yield
+    printed("ip", "link", "delete", "uplink")
+    printed(sys.executable, "-m", "pyproxy", "cleanup")

@@ -306,10 +306,8 @@ async def test_when_no_endpoint_answers_the_client_is_reset():
     async with proxied(4) as node:
         await node.service("web", 1)
         await node.endpoints("web", Address("127.0.0.1", 1))
-        reader, writer = await node.connect(node.vip(1))
         with pytest.raises(ConnectionResetError):
-            await reader.read()
-        writer.close()
+            await node.ask(node.vip(1))
         assert ("TCP", "dial_failed") in node.observer.results
 
 

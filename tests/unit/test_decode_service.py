@@ -135,6 +135,12 @@ def test_load_balancer_ips_are_those_that_end_here(ingress, ips):
     assert service(status={"loadBalancer": {"ingress": [ingress]}}).load_balancer_ips == ips
 
 
+def test_load_balancer_ips_that_a_node_should_leave_alone_are_known():
+    ingress = [{"ip": "203.0.113.1", "ipMode": "Proxy"}, {"ip": "203.0.113.2"}]
+    decoded = service(status={"loadBalancer": {"ingress": ingress}})
+    assert (decoded.proxied_ips, decoded.load_balancer_ips) == (("203.0.113.1",), ("203.0.113.2",))
+
+
 def test_source_ranges_are_read_leniently_and_the_bad_ones_told():
     decoded = service(
         loadBalancerSourceRanges=[" 203.0.113.000/025", "10.1.2.3/8", "x", "10.0.0.0/8", "fd00::/8"]
@@ -199,8 +205,8 @@ def test_bad_annotations_are_warnings_and_leave_the_defaults():
         warnings=(
             'annotation pyproxy.io/weights: "x" is not SELECTOR=WEIGHT with a weight of 0 to 65535;'
             " the whole annotation is ignored",
-            'annotation pyproxy.io/scheduler: "y" is not one of rr, wrr, random, lc, sh;'
-            " it is ignored",
+            'annotation pyproxy.io/scheduler: "y" is not one of rr, wrr, random, lc, wlc, sh, '
+            "dh, mh, sed, nq; it is ignored",
         ),
     )
 
