@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
 from pyproxy.model import Family
@@ -159,22 +160,21 @@ class LegacyIptables(Iptables):
     """
 
     async def arrange(self, lines: Sequence[str]) -> None:
-        by_program = super().arrange
-        await self._by_library(
-            lambda: _iptc.carry_out(self.programs.family, lines), lambda: by_program(lines)
-        )
+        by_program, family = super().arrange, self.programs.family
+        start = 0
+        for end in (number for number, line in enumerate(lines, 1) if line == "COMMIT"):
+            table, start = lines[start:end], end
+            await self._by_library(
+                partial(_iptc.carry_out, family, table), partial(by_program, table)
+            )
 
     async def chains(self, table: str) -> Mapping[str, int]:
-        by_program = super().chains
-        return await self._by_library(
-            lambda: _iptc.chains(self.programs.family, table), lambda: by_program(table)
-        )
+        ask = partial(_iptc.chains, self.programs.family, table)
+        return await self._by_library(ask, partial(super().chains, table))
 
     async def packets(self, table: str) -> Mapping[str, int]:
-        by_program = super().packets
-        return await self._by_library(
-            lambda: _iptc.packets(self.programs.family, table), lambda: by_program(table)
-        )
+        ask = partial(_iptc.packets, self.programs.family, table)
+        return await self._by_library(ask, partial(super().packets, table))
 
     async def has_canary(self) -> bool:
         try:

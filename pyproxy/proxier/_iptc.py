@@ -84,20 +84,15 @@ def packets(family: Family, table: str) -> dict[str, int]:
 
 
 def carry_out(family: Family, lines: Sequence[str]) -> None:
-    """Carry out input of ``iptables-restore --noflush``, one commit for each table.
+    """Carry out input of ``iptables-restore --noflush`` about one table, in one commit.
 
-    Raises ``LibraryError``: the table at hand is then as it was, and those before it are not.
+    Raises ``LibraryError``: nothing has changed then.
     """
-    with locked():
-        start = 0
-        for number, line in enumerate(lines):
-            if line.startswith("*"):
-                start = number
-            elif line == "COMMIT":
-                with opened(family, lines[start][1:]) as table:
-                    for change in lines[start + 1 : number]:
-                        make(table, change, family)
-                    table.commit()
+    first, *changes, _commit = lines
+    with locked(), opened(family, first.removeprefix("*")) as table:
+        for line in changes:
+            make(table, line, family)
+        table.commit()
 
 
 # --- inside ---------------------------------------------------------------------------------------
