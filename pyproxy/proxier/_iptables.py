@@ -156,7 +156,7 @@ class Iptables:
 class LegacyIptables(Iptables):
     """Those of flavour legacy, where a library can look and make small changes in this process.
 
-    Where it fails, the programs do it.
+    Until it is loaded, and where it fails, the programs do it.
     """
 
     async def arrange(self, lines: Sequence[str]) -> None:
@@ -177,12 +177,16 @@ class LegacyIptables(Iptables):
         return await self._by_library(ask, partial(super().packets, table))
 
     async def has_canary(self) -> bool:
+        if _iptc.library() is None:
+            return await super().has_canary()
         try:
             return CANARY in await self.chains("mangle")
         except IptablesError:
             return True
 
     async def _by_library(self, ask: Callable[[], T], otherwise: Callable[[], Awaitable[T]]) -> T:
+        if _iptc.library() is None:
+            return await otherwise()
         try:
             return await asyncio.to_thread(ask)
         except _iptc.LibraryError as error:
