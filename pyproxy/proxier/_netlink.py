@@ -117,7 +117,7 @@ class Netlink:
 
 def packed(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
     data = HEADER.pack(HEADER.size + len(body), kind, flags, sequence, 0) + body
-    return data.ljust(aligned(len(data)), b"\0")
+    return data.ljust(aligned(len(data)), b"\0") if len(body) & 3 else data
 
 
 def attribute(kind: int, value: bytes) -> bytes:
