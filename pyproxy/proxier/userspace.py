@@ -15,6 +15,7 @@ from pyproxy.config import Config, node_port_cidrs, with_setting
 from pyproxy.delta import Delta
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
+from pyproxy.proxier import _transparent as transparent
 from pyproxy.proxier._around import surroundings
 from pyproxy.proxier._bypass import Bypass
 from pyproxy.proxier._capture import WAYS, Capture, best, why_not
@@ -23,6 +24,7 @@ from pyproxy.proxier._lookup import Unsupported
 from pyproxy.proxier._socketlb import Balanced
 from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._tcp import TcpRelay
+from pyproxy.proxier._transparent import Transparent
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
 from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
 from pyproxy.reconcile import ApplyError, Difference, Proxier, Reconciler
@@ -60,7 +62,7 @@ def build(env: Env) -> Proxier:
 
 
 async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
-    """Remove the local routes: all that outlives the process. kube-proxy has none."""
+    """Remove what outlives the process: routes, and one rule of nf_tables. kube-proxy has none."""
     if not ours:
         return None
     routes, bypass = Vips(family, None), Bypass(family, RTPROT_PYPROXY)
@@ -73,7 +75,8 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
     finally:
         routes.close()
         bypass.close()
-    return "; ".join(left.values()) or None
+    problem = transparent.remove(family)
+    return "; ".join([*left.values(), *([problem] if problem else [])]) or None
 
 
 class Frontends:
@@ -89,9 +92,15 @@ class Frontends:
             conntrack.udp_stream_timeout_seconds or defaults.stream,
         )
         observe = env.observe
-        self._tcp = TcpRelay(self._surroundings, partial(observe, "TCP"))
+        keeps = env.config.userspace.keep_client_address
+        self._transparent = Transparent(env.family, self._surroundings) if keeps else None
+        self._tcp = TcpRelay(self._surroundings, partial(observe, "TCP"), self._transparent)
         self._udp = UdpRelay(
-            self._tcp.poller, self._surroundings, timeouts, partial(observe, "UDP")
+            self._tcp.poller,
+            self._surroundings,
+            timeouts,
+            partial(observe, "UDP"),
+            self._transparent,
         )
         self._opened: Fronts | None = None
         self._pickers: dict[ServicePortName, Picker] = {}
@@ -109,6 +118,10 @@ class Frontends:
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
             self._bypass = Bypass(self._env.family, RTPROT_PYPROXY)
+            if self._transparent is not None:
+                self._transparent.switch_on()
+            else:
+                transparent.remove(self._env.family)  # of an earlier process
         try:
             self._local = self._vips.listed()
         except OSError as error:
@@ -167,6 +180,8 @@ class Frontends:
             log.info("closing connections", extra={"open": self._tcp.open_count})
         self._tcp.close_all()
         self._udp.close_all()
+        if self._transparent is not None:
+            self._transparent.close()
         if self._vips is not None:
             self._vips.close()
         if self._bypass is not None:
