@@ -32,6 +32,7 @@ from pyproxy.rules.nft import (
     Statement,
     Table,
     ToggleMark,
+    Tproxy,
     TypeName,
     Types,
     UpdateSet,
@@ -137,6 +138,8 @@ def _ending_text(table: Table, statement: Ending) -> str:
             return "reject"
         case Masquerade():
             return "masquerade fully-random"
+        case Tproxy(address):
+            return f"tproxy to {address}"
         case Counter():
             return "counter"
 
