@@ -7,7 +7,7 @@ fields follow each other as in a set's key, and what a number is hashed from lie
 import struct
 from collections.abc import Iterator, Sequence
 
-from pyproxy.model import Family
+from pyproxy.model import Address, Family
 from pyproxy.proxier._netlink import attribute, attributes
 from pyproxy.rules.nft import (
     PROTO_NUMBERS,
@@ -37,6 +37,7 @@ from pyproxy.rules.nft import (
     Statement,
     Table,
     ToggleMark,
+    Tproxy,
     UpdateSet,
     Verdict,
     VerdictKind,
@@ -149,17 +150,7 @@ def _change(table: Table, statement: Change) -> bytes:
         case ToggleMark(bits):
             return _change_mark(keep=_ALL_BITS, toggle=bits)
         case Dnat(address):
-            return (
-                _expression(
-                    "immediate", {1: u32(register(0))}, value_data(2, packed_ip(address.ip))
-                )
-                + _expression(
-                    "immediate",
-                    {1: u32(register(4))},
-                    value_data(2, address.port.to_bytes(2, "big")),
-                )
-                + _nat(table, port_word=4)
-            )
+            return _constant(address) + _nat(table, port_word=4)
         case DnatPick(fields, pick, name):
             key_words = sum(_words(table, field) for field in fields)
             return (
@@ -186,6 +177,9 @@ def _ending(table: Table, statement: Ending, map_id: int) -> bytes:
             return _expression("reject", {1: u32(0), 2: code})
         case Masquerade():
             return _numbers("masq", {1: NAT_FULLY_RANDOM})
+        case Tproxy(address):
+            numbers = {1: NFPROTO[table.family], 2: register(0), 3: register(4)}
+            return _constant(address) + _numbers("tproxy", numbers)
         case Counter():
             return _expression("counter", {1: bytes(8), 2: bytes(8)})
 
@@ -304,6 +298,15 @@ def _pick(table: Table, pick: Pick, word: int) -> bytes:
             numbers = {1: register(free), 2: register(word), 3: length, 4: pick.count, 5: pick.seed}
             return load + _numbers("hash", numbers)
     return _numbers("numgen", {1: register(word), 2: pick.count, 3: kind})
+
+
+def _constant(address: Address) -> bytes:
+    """Put an address into register 0 and its port into register 4."""
+    return _expression(
+        "immediate", {1: u32(register(0))}, value_data(2, packed_ip(address.ip))
+    ) + _expression(
+        "immediate", {1: u32(register(4))}, value_data(2, address.port.to_bytes(2, "big"))
+    )
 
 
 def _nat(table: Table, port_word: int) -> bytes:

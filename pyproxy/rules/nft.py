@@ -207,6 +207,12 @@ class Masquerade(Struct, frozen=True):
     """``masquerade fully-random``."""
 
 
+class Tproxy(Struct, frozen=True):
+    """``tproxy to 127.0.0.1:80``: to the connection there is, else to who listens there."""
+
+    address: Address
+
+
 class Counter(Struct, frozen=True):
     """``counter``: count packets and bytes that come by."""
 
@@ -214,7 +220,7 @@ class Counter(Struct, frozen=True):
 AddressMatch = MatchNetwork | MatchSet | MatchInput | MatchLocal
 StateMatch = MatchState | MatchDnat | MatchMark | MatchProto | MatchTransparent
 Change = SetMark | ToggleMark | Dnat | DnatPick | UpdateSet
-Ending = Reject | Masquerade | Counter | VerdictMap | PickVerdict | Verdict
+Ending = Reject | Masquerade | Tproxy | Counter | VerdictMap | PickVerdict | Verdict
 Statement = AddressMatch | StateMatch | Change | Ending
 
 
