@@ -16,6 +16,8 @@ from pyproxy.kube.watch import WatchMachine
 from pyproxy.manifests.source import ManifestError, ManifestSource
 from pyproxy.metrics import Metrics
 from pyproxy.model import Change, Kind, ObjectName
+from pyproxy.process import SystemClock
+from pyproxy.remembered import RememberedFeed
 
 AGAIN_SECONDS = 60.0  # until the same error is logged again
 KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node", "ServiceCIDR")
@@ -38,7 +40,11 @@ async def feed_from(options: Options, config: Config, node: str, metrics: Metric
         api = await connect(kubeconfig, options.master, node=node, observe=metrics.rest_request)
     except (SourceError, ManifestError) as error:
         raise FeedError(str(error)) from error
-    return KubeFeed(api, node)
+    feed = KubeFeed(api, node)
+    if not options.state_dir:
+        return feed
+    origin = " ".join(filter(None, (f"Node {node} of {api.url}", kubeconfig)))
+    return RememberedFeed(feed, Path(options.state_dir), origin, metrics, SystemClock().unix)
 
 
 class KubeFeed:

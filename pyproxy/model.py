@@ -7,7 +7,7 @@ so once, by ``ip.canonical_ip``; only source ranges keep the types of ``ipaddres
 
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from msgspec import Struct
 
@@ -15,11 +15,15 @@ Family = Literal[4, 6]
 Proto = Literal["TCP", "UDP", "SCTP"]
 Network = IPv4Network | IPv6Network
 FrontendKind = Literal["ClusterIP", "ExternalIP", "LoadBalancer", "NodePort"]
-Scheduler = Literal["rr", "wrr", "random", "lc", "sh"]
+Scheduler = Literal["rr", "wrr", "random", "lc", "wlc", "sh", "dh", "mh", "sed", "nq"]
+# Who carries what pods and the node send to a load balancer's address: this node, the load
+# balancer, or the one where an endpoint is here and else the other.
+BalancerTraffic = Literal["short-circuit", "pass-through", "local-else-pass-through"]
 
 FAMILIES: tuple[Family, ...] = (4, 6)
 PROTOS: tuple[Proto, ...] = ("TCP", "UDP", "SCTP")
-SCHEDULERS: tuple[Scheduler, ...] = ("rr", "wrr", "random", "lc", "sh")
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
+BALANCER_TRAFFIC: tuple[BalancerTraffic, ...] = get_args(BalancerTraffic)
 
 
 def family_of(ip: str) -> Family:
@@ -102,6 +106,7 @@ class Service(Struct, frozen=True):
     ports: tuple[SpecPort, ...] = ()
     external_ips: tuple[str, ...] = ()
     load_balancer_ips: tuple[str, ...] = ()  # of status, ipMode VIP or absent
+    proxied_ips: tuple[str, ...] = ()  # of status, ipMode Proxy
     source_ranges: tuple[Network, ...] = ()
     affinity_seconds: int | None = None  # None: no session affinity
     internal_local: bool = False
@@ -109,7 +114,14 @@ class Service(Struct, frozen=True):
     health_check_node_port: int = 0
     scheduler: Scheduler | None = None  # None: the mode's default
     weights: tuple[WeightRule, ...] = ()
+    balancer_traffic: BalancerTraffic | None = None  # None: ipMode says it
+    cloud_traffic: BalancerTraffic | None = None  # as a cloud's annotation has it
     warnings: tuple[str, ...] = ()  # what was wrong with it and ignored, for the log
+    # What nothing depends on, and people ask about.
+    resource_version: str = ""
+    selector: str = ""  # as kubectl prints it; empty: whoever made its slices chose
+    hostnames: tuple[str, ...] = ()  # of status, where there is no address
+    elb_class: str = ""  # annotation kubernetes.io/elb.class
 
 
 class Endpoint(Struct, frozen=True, gc=False):
@@ -135,6 +147,7 @@ class EndpointSlice(Struct, frozen=True):
     endpoints: Mapping[PortKey, tuple[Endpoint, ...]]
     triggered_at: float | None = None  # annotation last-change-trigger-time, Unix seconds
     warnings: tuple[str, ...] = ()
+    resource_version: str = ""
 
 
 class Node(Struct, frozen=True):
@@ -205,6 +218,7 @@ class ServicePort(Struct, frozen=True):
     health_check_node_port: int = 0
     scheduler: Scheduler | None = None
     weights: tuple[WeightRule, ...] = ()
+    balancer_traffic: BalancerTraffic = "short-circuit"
 
     @property
     def externally_accessible(self) -> bool:
@@ -257,14 +271,18 @@ class Drop(Struct, frozen=True):
     """Stay silent: endpoints exist, and policy keeps them from this node."""
 
 
-Action = Forward | Reject | Drop
+class Pass(Struct, frozen=True):
+    """Leave it alone: the load balancer that has the address is to see it."""
+
+
+Action = Forward | Reject | Drop | Pass
 
 
 class Route(Struct, frozen=True):
     """What to do with packets that arrive at a frontend, for each origin of a connection.
 
-    ``allowed_sources`` of None admits everybody; any other source is dropped before the origin
-    is looked at.
+    ``allowed_sources`` of None admits everybody; any other source is dropped, unless what it
+    sends is none of this node's business.
     """
 
     frontend: Frontend

@@ -20,6 +20,7 @@ from pyproxy.model import (
     HealthPort,
     Network,
     ObjectName,
+    Pass,
     Pool,
     PortPlan,
     Reject,
@@ -31,6 +32,7 @@ from pyproxy.topology import EndpointSets, Place, endpoint_sets, is_local, weigh
 
 REJECT = Reject()
 DROP = Drop()
+PASS = Pass()
 
 
 class Site(Struct, frozen=True):
@@ -173,6 +175,7 @@ def routes(
     seen: set[Frontend] = set()
     internal = internal_actions(port, sets, cluster, local, site)
     external = external_actions(port, sets, cluster, local, site)
+    balanced = balanced_actions(port, external, local, site)
     allowed = allowed_sources(port, site)
     number, proto = port.port, port.name.proto
     candidates = [Route(Frontend(port.cluster_ip, number, proto), "ClusterIP", *internal)]
@@ -180,7 +183,7 @@ def routes(
         Route(Frontend(ip, number, proto), "ExternalIP", *external) for ip in port.external_ips
     ]
     candidates += [
-        Route(Frontend(ip, number, proto), "LoadBalancer", *external, allowed)
+        Route(Frontend(ip, number, proto), "LoadBalancer", *balanced, allowed)
         for ip in port.load_balancer_ips
     ]
     if port.node_port:
@@ -215,6 +218,25 @@ def external_actions(
     outside = action(sets, local, masquerade=False)
     inside = action(sets, cluster, masquerade=False) if site.detects_pods else outside
     return inside, masked, outside
+
+
+def balanced_actions(
+    port: ServicePort, external: tuple[Action, Action, Action], local: Pool | None, site: Site
+) -> tuple[Action, Action, Action]:
+    """Return what becomes of connections to a load balancer's address.
+
+    Pods and the node may have to go by the load balancer, as strangers do: always, or where no
+    endpoint is on this node.
+    """
+    if port.balancer_traffic == "short-circuit":
+        return external
+    _, _, outside = external
+    from_pod: Action = PASS
+    from_node: Action = PASS
+    if port.balancer_traffic == "local-else-pass-through" and local is not None:
+        from_pod = Forward(local, masquerade=False)
+        from_node = Forward(local, masquerade=True)
+    return from_pod if site.detects_pods else outside, from_node, outside
 
 
 def action(sets: EndpointSets, chosen: Pool | None, *, masquerade: bool) -> Action:

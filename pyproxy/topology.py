@@ -41,7 +41,11 @@ def endpoint_sets(port: ServicePort, endpoints: Sequence[Endpoint], place: Place
     if port.weights:
         endpoints = [e for e in endpoints if weight_of(e, port.weights) > 0]
     uses_cluster = not port.internal_local or port.externally_accessible
-    uses_local = port.internal_local or (port.external_local and port.externally_accessible)
+    uses_local = (
+        port.internal_local
+        or (port.external_local and port.externally_accessible)
+        or port.balancer_traffic == "local-else-pass-through"
+    )
     cluster = usable(near(endpoints, place)) if uses_cluster else ()
     if not uses_local:
         return EndpointSets(cluster=cluster, anywhere=bool(cluster))

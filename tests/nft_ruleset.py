@@ -20,6 +20,7 @@ from pyproxy.rules.nft import (
     MatchProto,
     MatchSet,
     MatchState,
+    MatchTransparent,
     Pick,
     PickVerdict,
     Reject,
@@ -204,6 +205,7 @@ def filter_rules(addresses):
     yield "take", MatchProto("TCP"), Tproxy(Address(addresses["self"], 40000)), ""
     yield "every-verdict", MatchProto("UDP"), Verdict("accept"), "é" * 63
     yield "every-verdict", MatchMark(0x8000), Verdict("jump", "refuse"), ""
+    yield "every-verdict", MatchTransparent(), SetMark(0x2000), ""
     yield "every-verdict", Verdict("return"), ""
 
 

@@ -17,6 +17,7 @@ from pyproxy.model import Family, Network, Node, family_of
 Mode = Literal["auto", "userspace", "iptables", "nftables", "ipvs"]
 MODES: Final[tuple[Mode, ...]] = ("auto", "userspace", "iptables", "nftables", "ipvs")
 DETECT_LOCAL_MODES: Final = ("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix")
+CLOUDS: Final = ("", "huawei")
 PRIMARY: Final = "primary"  # the word that nodePortAddresses may have instead of CIDRs
 HEALTHZ_PORT: Final = 10256
 METRICS_PORT: Final = 10249
@@ -92,7 +93,10 @@ class IPTables(Struct, frozen=True, rename=file_name):
 
 
 class IPVS(Struct, frozen=True, rename=file_name):
-    """Mode ipvs. A timeout of zero leaves the kernel's."""
+    """Mode ipvs. A timeout of zero leaves the kernel's.
+
+    The last two settings are our own: kube-proxy has none of these names.
+    """
 
     sync_period_seconds: Seconds = 30.0
     min_sync_period_seconds: Seconds = 0.0
@@ -102,6 +106,8 @@ class IPVS(Struct, frozen=True, rename=file_name):
     tcp_timeout_seconds: Seconds = 0.0
     tcp_fin_timeout_seconds: Seconds = 0.0
     udp_timeout_seconds: Seconds = 0.0
+    bind_addresses: bool = False  # show Service addresses on the device kube-ipvs0
+    drain_timeout_seconds: Seconds = 900.0  # for the last connections of an endpoint; 0 cuts them
 
 
 class NFTables(Struct, frozen=True, rename=file_name):
@@ -124,6 +130,7 @@ class Userspace(Struct, frozen=True, rename=file_name):
     capture: str = "auto"  # how packets for Services come to our sockets
     workers: int = 0  # processes that carry traffic; 0 is one for each core
     socket_lb: str = "auto"  # choose the endpoint when a socket connects, where the kernel can
+    cgroup: str = ""  # whose processes it is for; empty is the root, in the host's own namespace
     keep_client_address: bool = True  # where the plan says so
     drain_timeout_seconds: Seconds = 25.0  # less than the 30 s that Kubernetes gives a pod to end
     runtime_dir: str = ""  # where a successor finds this process; empty is /run/pyproxy
@@ -185,6 +192,7 @@ class Config(Struct, frozen=True, rename=file_name):
     conntrack: Conntrack = Conntrack()
     config_sync_period_seconds: Seconds = 900.0
     port_range: str = ""
+    cloud_annotations: str = ""  # pyproxy's own: the cloud whose annotations count
     windows_run_as_service: bool = False
 
 

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from pyproxy.config import (
     CAPTURES,
+    CLOUDS,
     DETECT_LOCAL_MODES,
     GATES,
     IPVS,
@@ -61,6 +62,7 @@ _NOT_NEGATIVE_IN_IPVS: Final = (
     "ipvs.tcp_timeout_seconds",
     "ipvs.tcp_fin_timeout_seconds",
     "ipvs.udp_timeout_seconds",
+    "ipvs.drain_timeout_seconds",
 )
 _NEEDED_TO_DETECT: Final = {
     "BridgeInterface": "detect_local.bridge_interface",
@@ -80,6 +82,7 @@ def validate(config: Config) -> tuple[str, ...]:
         *_period_problems(config),
         *_ipvs_problems(config),
         *_detect_local_problems(config),
+        *_cloud_problems(config),
         *_node_port_problems(config.node_port_addresses),
     )
 
@@ -148,6 +151,8 @@ def _mode_problems(config: Config) -> Iterator[str]:
         yield f"userspace.capture: {_not_one_of(own.capture, CAPTURES)}"
     if own.socket_lb not in SOCKET_LB:
         yield f"userspace.socketLB: {_not_one_of(own.socket_lb, SOCKET_LB)}"
+    if own.cgroup and not own.cgroup.startswith("/"):
+        yield f'userspace.cgroup: "{own.cgroup}" is not an absolute path'
     if own.runtime_dir and not own.runtime_dir.startswith("/"):
         yield f'userspace.runtimeDir: "{own.runtime_dir}" is not an absolute path'
 
@@ -171,6 +176,11 @@ def _ipvs_problems(config: Config) -> Iterator[str]:
     if config.mode == "ipvs":
         yield from _negative(config, _NOT_NEGATIVE_IN_IPVS)
         yield from _cidr_problems("ipvs.excludeCIDRs", config.ipvs.exclude_cidrs)
+
+
+def _cloud_problems(config: Config) -> Iterator[str]:
+    if config.cloud_annotations not in CLOUDS:
+        yield f"cloudAnnotations: {_not_one_of(config.cloud_annotations, CLOUDS[1:])}"
 
 
 def _detect_local_problems(config: Config) -> Iterator[str]:

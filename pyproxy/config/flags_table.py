@@ -221,6 +221,20 @@ GROUPS: Final = (
                 "Mode ipvs: the same, for UDP.",
             ),
             Flag(
+                "ipvs-bind-addresses",
+                BOOL,
+                "ipvs.bind_addresses",
+                "Mode ipvs: show Service addresses on the device kube-ipvs0, for tools that look "
+                "there.",
+            ),
+            Flag(
+                "ipvs-drain-timeout",
+                DURATION,
+                "ipvs.drain_timeout_seconds",
+                "Mode ipvs: how long an endpoint that goes keeps its last connections; 0 cuts "
+                "them at once.",
+            ),
+            Flag(
                 "conntrack-max-per-core",
                 INTEGER,
                 "conntrack.max_per_core",
@@ -371,6 +385,28 @@ GROUPS: Final = (
                 placeholder="PATH",
             ),
             Flag("service-cidr", CIDRS, "", "With --manifests: the ranges of cluster IPs."),
+            Flag(
+                "control-socket",
+                STRING,
+                "",
+                "Where commands such as pyproxy explain are answered, to root; empty: nowhere.",
+                placeholder="PATH",
+            ),
+            Flag(
+                "state-dir",
+                STRING,
+                "",
+                "Where the cluster's last known state is kept, for a start without the API server; "
+                "empty: nowhere.",
+                placeholder="PATH",
+            ),
+            Flag(
+                "cloud-annotations",
+                STRING,
+                "cloud_annotations",
+                "The cloud whose annotations of Services count: huawei.",
+                placeholder="CLOUD",
+            ),
             Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
         ),
     ),

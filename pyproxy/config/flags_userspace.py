@@ -31,6 +31,13 @@ USERSPACE: Final = Group(
             placeholder="WHEN",
         ),
         Flag(
+            "userspace-cgroup",
+            STRING,
+            "userspace.cgroup",
+            "Choose endpoints for the processes of this cgroup (v2); all, if not given.",
+            placeholder="PATH",
+        ),
+        Flag(
             "userspace-keep-client-address",
             BOOL,
             "userspace.keep_client_address",

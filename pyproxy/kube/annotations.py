@@ -5,10 +5,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, Literal, NoReturn, cast
 
 from pyproxy.ip import canonical_ip
-from pyproxy.model import SCHEDULERS, Scheduler, WeightRule
+from pyproxy.model import (
+    BALANCER_TRAFFIC,
+    SCHEDULERS,
+    BalancerTraffic,
+    Scheduler,
+    WeightRule,
+)
 
 WEIGHTS: Final = "pyproxy.io/weights"
 SCHEDULER: Final = "pyproxy.io/scheduler"
+BALANCER_TRAFFIC_NAME: Final = "pyproxy.io/load-balancer-traffic"
+ELB_PASS_THROUGH: Final = "kubernetes.io/elb.pass-through"
 TRIGGER_TIME: Final = "endpoints.kubernetes.io/last-change-trigger-time"
 
 MAX_WEIGHT: Final = 65535  # what IPVS keeps
@@ -42,6 +50,34 @@ def parse_scheduler(text: str) -> Scheduler | None:
     raise AnnotationError(
         f'annotation {SCHEDULER}: "{name}" is not one of {", ".join(SCHEDULERS)}; it is ignored'
     )
+
+
+def parse_balancer_traffic(text: str) -> BalancerTraffic | None:
+    name = text.strip()
+    if name in BALANCER_TRAFFIC:
+        return name
+    if not name:
+        return None
+    raise AnnotationError(
+        f'annotation {BALANCER_TRAFFIC_NAME}: "{name}" is not one of '
+        f"{', '.join(BALANCER_TRAFFIC)}; it is ignored"
+    )
+
+
+def parse_elb_pass_through(text: str) -> BalancerTraffic | None:
+    """Return what Huawei's CCE means by its annotation, which counts where it is asked for."""
+    match text.strip():
+        case "true":
+            return "pass-through"
+        case "onlyLocal":
+            return "local-else-pass-through"
+        case "" | "false":
+            return None
+        case other:
+            raise AnnotationError(
+                f'annotation {ELB_PASS_THROUGH}: "{other}" is not true, false or onlyLocal; '
+                "it is ignored"
+            )
 
 
 def parse_trigger_time(text: str) -> float:

@@ -4,15 +4,17 @@ What an object says in a way nobody can use (a bad address among good ones, a mi
 becomes one of its warnings, and the rest of the object counts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from sys import intern
-from typing import Final
+from typing import Final, TypeVar
 
 from pyproxy.ip import canonical_ip, parse_network
 from pyproxy.kube import wire
 from pyproxy.kube.annotations import (
     AnnotationError,
+    parse_balancer_traffic,
+    parse_elb_pass_through,
     parse_scheduler,
     parse_trigger_time,
     parse_weights,
@@ -28,18 +30,19 @@ from pyproxy.model import (
     ObjectName,
     PortKey,
     Proto,
-    Scheduler,
     Service,
     ServiceCIDR,
     SpecPort,
-    WeightRule,
     family_of,
 )
+
+T = TypeVar("T")
 
 DEFAULT_AFFINITY_SECONDS: Final = 10800
 MAX_AFFINITY_SECONDS: Final = 86400
 DELETION_TAINT: Final = "ToBeDeletedByClusterAutoscaler"
 
+_NO_ANNOTATIONS: Final = wire.ServiceAnnotations()
 _FAMILY_BY_NAME: Final[dict[str, Family]] = {"IPv4": 4, "IPv6": 6}
 
 
@@ -90,7 +93,7 @@ def _service(name: ObjectName, obj: wire.Service) -> Service:
     spec = obj.spec
     warnings: list[str] = []
     cluster_ip4, cluster_ip6 = _cluster_ips(spec, warnings)
-    weights, scheduler = _service_annotations(obj.metadata.annotations, warnings)
+    said = obj.metadata.annotations or _NO_ANNOTATIONS
     return Service(
         name=name,
         type=intern(spec.type) or "ClusterIP",
@@ -98,16 +101,27 @@ def _service(name: ObjectName, obj: wire.Service) -> Service:
         cluster_ip6=cluster_ip6,
         ports=tuple(map(_spec_port, spec.ports or ())),
         external_ips=_addresses("spec.externalIPs", spec.external_ips or (), warnings),
-        load_balancer_ips=_load_balancer_ips(obj.status, warnings),
+        load_balancer_ips=_load_balancer_ips(obj.status, (None, "VIP"), warnings),
+        proxied_ips=_load_balancer_ips(obj.status, ("Proxy",), warnings),
         source_ranges=_source_ranges(spec.load_balancer_source_ranges or (), warnings),
         affinity_seconds=_affinity_seconds(spec, warnings),
         internal_local=spec.internal_traffic_policy == "Local",
         external_local=spec.external_traffic_policy == "Local",
         health_check_node_port=spec.health_check_node_port or 0,
-        scheduler=scheduler,
-        weights=weights,
+        weights=_annotation(parse_weights, said.weights, (), warnings),
+        scheduler=_annotation(parse_scheduler, said.scheduler, None, warnings),
+        balancer_traffic=_annotation(parse_balancer_traffic, said.balancer_traffic, None, warnings),
+        cloud_traffic=_annotation(parse_elb_pass_through, said.elb_pass_through, None, warnings),
         warnings=tuple(warnings),
+        resource_version=obj.metadata.resource_version,
+        selector=_selector(spec.selector),
+        hostnames=_hostnames(obj.status),
+        elb_class=said.elb_class,
     )
+
+
+def _selector(labels: Mapping[str, str] | None) -> str:
+    return ",".join([f"{name}={value}" for name, value in labels.items()]) if labels else ""
 
 
 def _cluster_ips(spec: wire.ServiceSpec, warnings: list[str]) -> tuple[str | None, str | None]:
@@ -143,12 +157,20 @@ def _addresses(field: str, texts: Iterable[str], warnings: list[str]) -> tuple[s
     return tuple(ips)
 
 
-def _load_balancer_ips(status: wire.ServiceStatus | None, warnings: list[str]) -> tuple[str, ...]:
+def _load_balancer_ips(
+    status: wire.ServiceStatus | None, modes: Sequence[str | None], warnings: list[str]
+) -> tuple[str, ...]:
     if status is None or status.load_balancer is None or not status.load_balancer.ingress:
         return ()
-    # ipMode Proxy: the load balancer must see the packets, also those from inside the cluster.
-    ingress = [i.ip for i in status.load_balancer.ingress if i.ip and i.ip_mode in (None, "VIP")]
+    ingress = [i.ip for i in status.load_balancer.ingress if i.ip and i.ip_mode in modes]
     return _addresses("status.loadBalancer.ingress", ingress, warnings)
+
+
+def _hostnames(status: wire.ServiceStatus | None) -> tuple[str, ...]:
+    """Return the names that stand where an address would: a node has nothing to match."""
+    if status is None or status.load_balancer is None or not status.load_balancer.ingress:
+        return ()
+    return tuple(i.hostname for i in status.load_balancer.ingress if i.hostname and not i.ip)
 
 
 def _source_ranges(texts: Iterable[str], warnings: list[str]) -> tuple[Network, ...]:
@@ -181,22 +203,14 @@ def _affinity_seconds(spec: wire.ServiceSpec, warnings: list[str]) -> int | None
     return DEFAULT_AFFINITY_SECONDS
 
 
-def _service_annotations(
-    annotations: wire.ServiceAnnotations | None, warnings: list[str]
-) -> tuple[tuple[WeightRule, ...], Scheduler | None]:
-    weights: tuple[WeightRule, ...] = ()
-    scheduler: Scheduler | None = None
-    if annotations is None:
-        return weights, scheduler
+def _annotation(parse: Callable[[str], T], text: str, otherwise: T, warnings: list[str]) -> T:
+    if not text:
+        return otherwise
     try:
-        weights = parse_weights(annotations.weights)
+        return parse(text)
     except AnnotationError as error:
         warnings.append(str(error))
-    try:
-        scheduler = parse_scheduler(annotations.scheduler)
-    except AnnotationError as error:
-        warnings.append(str(error))
-    return weights, scheduler
+        return otherwise
 
 
 # --- EndpointSlice ------------------------------------------------------------------------------
@@ -214,6 +228,7 @@ def _endpoint_slice(name: ObjectName, obj: wire.EndpointSlice) -> EndpointSlice:
         endpoints=_endpoints_by_port(obj, family, warnings),
         triggered_at=_triggered_at(metadata.annotations, warnings),
         warnings=tuple(warnings),
+        resource_version=metadata.resource_version,
     )
 
 

@@ -214,6 +214,13 @@ def open_pin(path: Path) -> int | None:
     return None
 
 
+def mount_bpffs(at: Path) -> None:
+    """Mount a bpf file system. Raises ``OSError``."""
+    if LIBC.mount(b"bpf", os.fsencode(at), b"bpf", 0, None):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(at))
+
+
 def named(name: str) -> bytes:
     return name.encode()[:NAME_LENGTH]
 

@@ -5,7 +5,7 @@ Those that the capture takes have no socket of their own; all others do.
 
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from socket import SocketType
 
 from msgspec import Struct
@@ -24,6 +24,7 @@ from pyproxy.proxier._sockets import (
 )
 from pyproxy.proxier._tcp import TcpFront, TcpRelay
 from pyproxy.proxier._udp import UdpFront, UdpRelay
+from pyproxy.reconcile import Difference
 from pyproxy.rules.guard import DROP_ALL, Program, guard
 from pyproxy.rules.listeners import (
     Listener,
@@ -78,6 +79,18 @@ class Fronts:
 
     def of(self, owner: ServicePortName) -> dict[Frontend, Listener]:
         return self._of_owner.get(owner, {})
+
+    def differing(self, frontend: Frontend, listener: Listener) -> Iterator[Difference]:
+        """Yield how a frontend differs from what it should be; sockets are asked themselves."""
+        held = self._held.get(frontend)
+        does = stance(listener.route)
+        if held is None or held.listener != listener:
+            there = stance(held.listener.route) if held is not None else None
+            yield Difference(f"frontend {frontend}", does, there)
+        elif does != "refuse" and held.front is not None:
+            sockets = self.sockets if held.taken and frontend.proto == "TCP" else held.front.sockets
+            if not all(map(is_open, sockets)):
+                yield Difference(f"socket of {frontend}", does, None)
 
     def put(self, frontend: Frontend, listener: Listener, picker: Picker) -> str | None:
         """Make a frontend so; return why it cannot be, and then there is none.
@@ -273,3 +286,11 @@ class Fronts:
 def must_reopen(before: Held, after: Held) -> bool:
     """Say whether what is open does not do any more."""
     return before.taken != after.taken or (not after.taken and before.foreign != after.foreign)
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Say whether a socket is open, and listens if it is one for connections."""
+    if sock.fileno() < 0:
+        return False
+    is_stream = sock.type == socket.SOCK_STREAM
+    return not is_stream or bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

@@ -28,6 +28,7 @@ from pyproxy.rules.nft import (
     MatchProto,
     MatchSet,
     MatchState,
+    MatchTransparent,
     Pick,
     PickVerdict,
     Reject,
@@ -57,6 +58,7 @@ EQUAL, NOT_EQUAL = 0, 1
 NETWORK_HEADER, TRANSPORT_HEADER = 1, 2
 META_MARK, META_IIFNAME, META_L4PROTO = 3, 6, 16
 CT_STATE, CT_STATUS = 0, 2
+SOCKET_TRANSPARENT = 0
 CT_STATES: dict[CtState, int] = {"invalid": 1, "new": 8}
 DNAT_DONE = 0x20  # IPS_DST_NAT
 FIB_ADDRESS_TYPE = 3
@@ -89,7 +91,7 @@ def statement_expressions(table: Table, statement: Statement, map_id: int) -> by
     match statement:
         case MatchNetwork() | MatchSet() | MatchInput() | MatchLocal():
             return _address_match(table, statement)
-        case MatchState() | MatchDnat() | MatchMark() | MatchProto():
+        case MatchState() | MatchDnat() | MatchMark() | MatchProto() | MatchTransparent():
             return _state_match(statement)
         case SetMark() | ToggleMark() | Dnat() | DnatPick() | UpdateSet():
             return _change(table, statement)
@@ -136,6 +138,9 @@ def _state_match(statement: StateMatch) -> bytes:
             return load + _bitwise(host32(bits), bytes(4)) + _compare(host32(bits))
         case MatchProto(proto):
             return _meta_load(META_L4PROTO, 0) + _compare(bytes([PROTO_NUMBERS[proto]]))
+        case MatchTransparent():
+            load = _numbers("socket", {1: SOCKET_TRANSPARENT, 2: register(0)})
+            return load + _compare(bytes([1]))
 
 
 def _change(table: Table, statement: Change) -> bytes:

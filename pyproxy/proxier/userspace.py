@@ -15,16 +15,21 @@ from pyproxy.config import Config, node_port_cidrs, with_setting
 from pyproxy.delta import Delta
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
+from pyproxy.proxier import _transparent as transparent
 from pyproxy.proxier._around import surroundings
+from pyproxy.proxier._bypass import Bypass
 from pyproxy.proxier._capture import WAYS, Capture, best, risk, why_not
 from pyproxy.proxier._fronts import Fronts
 from pyproxy.proxier._lookup import Unsupported
+from pyproxy.proxier._socketlb import Balanced
+from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._tproxy import remove_rules
+from pyproxy.proxier._transparent import Transparent
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
-from pyproxy.proxier._vips import Vip, Vips, one_port, whole_address
-from pyproxy.reconcile import ApplyError, Proxier, Reconciler
-from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address
+from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
+from pyproxy.reconcile import ApplyError, Difference, Proxier, Reconciler
+from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address, passes_by
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
 DRAIN_SECONDS = 5.0
@@ -55,26 +60,31 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 
 def build(env: Env) -> Proxier:
-    target = Frontends(env)
+    target = Balanced(env, Frontends(env))
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
-async def cleanup(family: Family, *, ours: bool = True) -> str | None:
-    """Remove the local routes and the rules of the capture; kube-proxy has none of them."""
+async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
+    """Remove what outlives the process: routes, programs and rules. kube-proxy has none of it."""
     if not ours:
         return None
-    routes = Vips(family, None)
+    routes, bypass = Vips(family, None), Bypass(family, RTPROT_PYPROXY)
     try:
+        remove_pins(family)
         left = routes.remove(routes.listed())
+        bypass.clear()
     except OSError as error:
-        return f"cannot list local routes: {error.strerror}"
+        return f"cannot remove local routes and programs: {error}"
     finally:
         routes.close()
+        bypass.close()
+    problems = list(left.values())
     try:
         remove_rules(family)
     except OSError as error:
-        return f"cannot remove the rules of the capture: {error.strerror}"
-    return "; ".join(left.values()) or None
+        problems.append(f"cannot remove the rules of the capture: {error.strerror}")
+    problem = transparent.remove(family)
+    return "; ".join([*problems, *([problem] if problem else [])]) or None
 
 
 class Frontends:
@@ -90,15 +100,22 @@ class Frontends:
             conntrack.udp_stream_timeout_seconds or defaults.stream,
         )
         observe = env.observe
-        self._tcp = TcpRelay(self._surroundings, partial(observe, "TCP"))
+        keeps = env.config.userspace.keep_client_address
+        self._transparent = Transparent(env.family, self._surroundings) if keeps else None
+        self._tcp = TcpRelay(self._surroundings, partial(observe, "TCP"), self._transparent)
         self._udp = UdpRelay(
-            self._tcp.poller, self._surroundings, timeouts, partial(observe, "UDP")
+            self._tcp.poller,
+            self._surroundings,
+            timeouts,
+            partial(observe, "UDP"),
+            self._transparent,
         )
         self._opened: Fronts | None = None
         self._pickers: dict[ServicePortName, Picker] = {}
         self._local: set[Vip] = set()  # what has a route of ours
         self._leaving: asyncio.TimerHandle | None = None  # for routes that are still in use
         self._vips: Vips | None = None
+        self._bypass: Bypass | None = None
         env.host.on_change(self._look_around)
 
     async def adopt(self) -> Mapping[Frontend, Listener]:
@@ -108,6 +125,11 @@ class Frontends:
             self._opened = Fronts(self._env.family, self._tcp, self._udp, self._way())
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
+            self._bypass = Bypass(self._env.family, RTPROT_PYPROXY)
+            if self._transparent is not None:
+                self._transparent.switch_on()
+            else:
+                transparent.remove(self._env.family)  # of an earlier process
         try:
             self._local = self._vips.listed()
         except OSError as error:
@@ -126,6 +148,7 @@ class Frontends:
             if count % OPENED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         wanted = self._wanted(self._fronts.held() - delta.removed.keys())
+        self._lead_past(frontend for users in wanted.values() for frontend in users)
         self._commit()
         refused |= self._make_local(wanted)
         self._unroute(self._local - wanted.keys())
@@ -133,9 +156,22 @@ class Frontends:
         self._commit()
         return refused
 
+    async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
+        """Look at our sockets, and at the kernel's local routes. Raises ``ApplyError``."""
+        assert self._vips is not None, "what was written was adopted before"
+        try:
+            listed = self._vips.listed()
+        except OSError as error:
+            raise ApplyError(f"cannot list local routes: {error.strerror}") from error
+        found = [d for f, listener in wanted.items() for d in self._fronts.differing(f, listener)]
+        held = self._fronts.held()
+        missing = self._wanted(f for f in wanted if f in held).keys() - listed
+        lost = [Difference(f"local route {vip.ip}", "a route of ours", None) for vip in missing]
+        return (*found, *lost)
+
     async def clear(self) -> None:
         """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""
-        problem = await cleanup(self._env.family)
+        problem = await cleanup(self._env.family, self._env.config)
         self._local.clear()
         if problem is not None:
             raise ApplyError(problem)
@@ -154,8 +190,12 @@ class Frontends:
             log.info("closing connections", extra={"open": self._tcp.open_count})
         self._tcp.close_all()
         self._udp.close_all()
+        if self._transparent is not None:
+            self._transparent.close()
         if self._vips is not None:
             self._vips.close()
+        if self._bypass is not None:
+            self._bypass.close()
 
     def _serve(
         self, owner: ServicePortName, listeners: dict[Frontend, Listener]
@@ -207,6 +247,13 @@ class Frontends:
         return {
             frontend: f"{owners[frontend]}: {frontend}: {why}" for frontend, why in lost.items()
         }
+
+    def _lead_past(self, frontends: Iterable[Frontend]) -> None:
+        """Let pods and the node reach the load balancer itself where they are to."""
+        assert self._bypass is not None, "adopt comes before apply"
+        passed = [f for f in frontends if passes_by(self._fronts.listener(f).route)]
+        for problem in self._bypass.put(passed, self._around.pods).values():
+            log.warning("pods reach a load balancer through this node", extra={"why": problem})
 
     def _unroute(self, unwanted: set[Vip]) -> None:
         """Remove these routes; one that open connections come by stays until they are over."""

@@ -11,7 +11,18 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
-from pyproxy.model import Action, Drop, Family, Forward, Frontend, Network, Proto, Reject, Route
+from pyproxy.model import (
+    Action,
+    Drop,
+    Family,
+    Forward,
+    Frontend,
+    Network,
+    Pass,
+    Proto,
+    Reject,
+    Route,
+)
 from pyproxy.rules.listeners import Origin, Surroundings
 from pyproxy.rules.nft import packed_ip
 
@@ -66,7 +77,7 @@ def verdict(action: Action) -> Verdict:
     match action:
         case Forward():
             return "serve"
-        case Reject():
+        case Reject() | Pass():  # what passes by does not come here
             return "refuse"
         case Drop():
             return "silent"

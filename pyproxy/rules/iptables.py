@@ -23,12 +23,15 @@ from pyproxy.model import (
     Forward,
     Frontend,
     Network,
+    Pass,
     Pool,
     PortPlan,
     Reject,
     Route,
     ServicePortName,
+    family_of,
 )
+from pyproxy.rules.iptables_source import SPAN, source_below
 
 SERVICES = "KUBE-SERVICES"
 EXTERNAL = "KUBE-EXTERNAL-SERVICES"
@@ -76,34 +79,35 @@ class Ruleset(Struct, frozen=True):
     localhost_node_ports: bool = False
     drop_invalid: bool = True
     random_fully: bool = True
+    counted: bool = False  # by objects of nfacct, which have to be there
 
 
 class Pools(NamedTuple):
     """The pools of an owner: at most two differ, which kube-proxy calls SVC and SVL."""
 
+    suffix: str  # of the owner's chains
     cluster: Pool | None
     local: Pool | None
 
-    def chain(self, pool: Pool, suffix: str) -> str:
-        return f"KUBE-SVC-{suffix}" if pool == self.cluster else f"KUBE-SVL-{suffix}"
+    def chain(self, pool: Pool) -> str:
+        return f"KUBE-SVC-{self.suffix}" if pool == self.cluster else f"KUBE-SVL-{self.suffix}"
 
 
 def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Content]) -> Items:
     """Return the items of one owner."""
-    suffix = suffix_of(port.owner)
     pools = pools_of(port)
     items: Items = {}
     for pool in dict.fromkeys((pools.cluster, pools.local)):
         if pool is not None:
-            items |= pool_chains(port.owner, pool, pools.chain(pool, suffix))
+            items |= pool_chains(port.owner, pool, pools.chain(pool))
             items |= hairpins(port.owner, pool)
+    chains = external_chains(port)
     for route in port.routes:
-        items |= entrance(ruleset, port.owner, route, pools)
-        items |= refusal(ruleset.family, port.owner, route)
-    external = next((r for r in port.routes if r.kind != "ClusterIP" and forwards(r)), None)
-    if external is not None:
-        lines = external_rules(ruleset, external, pools, suffix)
-        items[Item("nat", f"KUBE-EXT-{suffix}")] = lines
+        external = chains.get(route.frontend)
+        if external is not None:
+            items[Item("nat", external)] = external_rules(ruleset, route, pools)
+        items |= entrance(ruleset, route, pools, external)
+        items |= refusal(ruleset, port.owner, route)
     if port.health is not None:
         match = f"-p tcp -m tcp --dport {port.health.port}"
         items[Item("filter", NODE_PORTS, match)] = "ACCEPT"
@@ -122,6 +126,25 @@ def hashed(text: str) -> str:
     return b32encode(sha256(text.encode()).digest())[:16].decode()
 
 
+def external_chains(port: PortPlan) -> dict[Frontend, str]:
+    """Return the chain of each external frontend that forwards.
+
+    They share one, but for load balancer IPs that treat pods and the node in a way of their own.
+    """
+    found = [r for r in port.routes if r.kind != "ClusterIP" and forwards(r)]
+    usual = next((insider_actions(r) for r in found if r.kind != "LoadBalancer"), None)
+    shared = f"KUBE-EXT-{suffix_of(port.owner)}"
+    apart = f"KUBE-EXT-{hashed(f'{port.owner}{port.owner.proto.lower()} balanced')}"
+    return {
+        route.frontend: shared if usual in (None, insider_actions(route)) else apart
+        for route in found
+    }
+
+
+def insider_actions(route: Route) -> tuple[Action, Action]:
+    return route.from_pod, route.from_node
+
+
 def endpoint_chain(owner: ServicePortName, address: Address) -> str:
     return f"KUBE-SEP-{hashed(f'{owner}{owner.proto.lower()}{address}')}"
 
@@ -134,20 +157,20 @@ def set_name(name: str, family: Family) -> str:
 
 
 def pools_of(port: PortPlan) -> Pools:
-    """Tell an owner's pools apart: what the node reaches from outside is that of the cluster."""
-    internal: Pool | None = None
-    cluster: Pool | None = None
-    local: Pool | None = None
-    for route in port.routes:
-        if route.kind == "ClusterIP":
-            internal = pool_of(route.from_node)
-        elif forwards(route):
-            cluster, local = pool_of(route.from_node), pool_of(route.from_outside)
-    if cluster is None:
-        cluster = internal
-    if local is None or local == cluster:
-        local = internal if internal != cluster else None
-    return Pools(cluster, local)
+    """Tell an owner's pools apart: that of the cluster is what an external policy does not cut."""
+    external = [route for route in port.routes if route.kind != "ClusterIP"]
+    external.sort(key=lambda route: route.kind == "LoadBalancer")  # whose insiders may go apart
+    whole = [r.from_outside if masquerades(r.from_outside) else r.from_node for r in external]
+    every = [a for r in port.routes for a in (r.from_node, r.from_outside)]
+    found = [pool for a in (*whole, *every) if (pool := pool_of(a)) is not None]
+    cluster = next(iter(found), None)
+    return Pools(
+        suffix_of(port.owner), cluster, next((pool for pool in found if pool != cluster), None)
+    )
+
+
+def masquerades(action: Action) -> bool:
+    return isinstance(action, Forward) and action.masquerade
 
 
 def pool_of(action: Action) -> Pool | None:
@@ -155,7 +178,7 @@ def pool_of(action: Action) -> Pool | None:
 
 
 def forwards(route: Route) -> bool:
-    return isinstance(route.from_node, Forward)
+    return isinstance(route.from_node, Forward) or isinstance(route.from_outside, Forward)
 
 
 def pool_chains(owner: ServicePortName, pool: Pool, chain: str) -> Items:
@@ -176,7 +199,7 @@ def pool_chains(owner: ServicePortName, pool: Pool, chain: str) -> Items:
         dnat = f"-p {proto} -m recent --set {recent} -j DNAT --to-destination {address}"
         items[Item("nat", name)] = (dnat,)
     prefix = f"-p {proto} " if pool.affinity_seconds is None else ""
-    for match, address in picks(pool, comment(str(owner))):
+    for match, address in picks(pool, owner):
         lines.append(f"{prefix}{match}{targets[address]}")
     items[Item("nat", chain)] = tuple(lines)
     return items
@@ -186,24 +209,46 @@ def mask_of(ip: str) -> str:
     return "255.255.255.255" if ":" not in ip else "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
 
 
-def picks(pool: Pool, last: str) -> Iterator[tuple[str, Address]]:
+def picks(pool: Pool, owner: ServicePortName) -> Iterator[tuple[str, Address]]:
     """Yield, for each rule in order, what makes it match its share, and its backend.
 
     Each rule sees only the connections that those before it left. The last one takes all, and
     has a match of its own: it says whose chain this is, where fewest connections pay for it.
     """
-    if pool.scheduler in ("rr", "wrr"):
-        turn = turn_of(pool, longest=LONGEST_TURN)
-        for index, address in enumerate(turn[:-1]):
-            yield f"-m statistic --mode nth --every {len(turn) - index} --packet 0 ", address
-        yield last, turn[-1]
-        return
+    match pool.scheduler:
+        case "rr" | "wrr":
+            *matches, last = in_turn(pool)
+        case "sh":
+            *matches, last = by_source(pool, owner)
+        case _:
+            *matches, last = at_random(pool)
+    yield from matches
+    yield comment(str(owner)), last[1]
+
+
+def in_turn(pool: Pool) -> Iterator[tuple[str, Address]]:
+    turn = turn_of(pool, longest=LONGEST_TURN)
+    for index, address in enumerate(turn):
+        yield f"-m statistic --mode nth --every {len(turn) - index} --packet 0 ", address
+
+
+def by_source(pool: Pool, owner: ServicePortName) -> Iterator[tuple[str, Address]]:
+    """Give each backend its share of all hashes; other owners spread the same clients otherwise."""
+    seed = int.from_bytes(sha256(suffix_of(owner).encode()).digest()[:4], "big")
+    total = sum(b.weight for b in pool.backends)
+    end = 0
+    for backend in pool.backends:
+        end += backend.weight
+        bound = min(end * SPAN // total, SPAN - 1)
+        yield source_below(bound, seed, family_of(backend.address.ip)), backend.address
+
+
+def at_random(pool: Pool) -> Iterator[tuple[str, Address]]:
     left = sum(b.weight for b in pool.backends)
-    for backend in pool.backends[:-1]:
+    for backend in pool.backends:
         share = probability(backend.weight, left)
         left -= backend.weight
         yield f"-m statistic --mode random --probability {share} ", backend.address
-    yield last, pool.backends[-1].address
 
 
 @lru_cache(maxsize=4096)
@@ -227,26 +272,26 @@ def hairpins(owner: ServicePortName, pool: Pool) -> Items:
 # --- frontends ------------------------------------------------------------------------------------
 
 
-def entrance(ruleset: Ruleset, owner: ServicePortName, route: Route, pools: Pools) -> Items:
+def entrance(ruleset: Ruleset, route: Route, pools: Pools, external: str | None) -> Items:
     """Return what leads connections to a frontend into the owner's chains."""
-    pool = pool_of(route.from_node)
-    if pool is None:
-        return {}
-    suffix = suffix_of(owner)
     match = frontend_match(route.frontend)
-    if route.kind == "NodePort":
-        return {Item("nat", NODE_PORTS, match): f"KUBE-EXT-{suffix}"}
-    if route.kind == "ClusterIP":
+    if external is None:
+        pool = pool_of(route.from_node)
+        if pool is None:
+            return {}
         ip, port, proto = route.frontend
         member = Item(SETS, CLUSTER_IPS, f"{ip},{proto.lower()}:{port}")
-        return {Item("nat", SERVICES, match): pools.chain(pool, suffix), member: MEMBER}
+        return {Item("nat", SERVICES, match): pools.chain(pool), member: MEMBER}
+    if route.kind == "NodePort":
+        return {Item("nat", NODE_PORTS, match): external}
     if route.allowed_sources is None:
-        return {Item("nat", SERVICES, match): f"KUBE-EXT-{suffix}"}
-    allowed = tuple(f"-s {n} -j KUBE-EXT-{suffix}" for n in unique(route.allowed_sources))
+        return {Item("nat", SERVICES, match): external}
+    passing = insiders(ruleset, "-j RETURN") if isinstance(route.from_node, Pass) else []
+    allowed = [f"-s {n} -j {external}" for n in unique(route.allowed_sources)]
     return {
-        Item("nat", SERVICES, match): f"KUBE-FW-{suffix}",
-        Item("nat", f"KUBE-FW-{suffix}"): allowed,
-        Item("filter", FIREWALL, match): "DROP",
+        Item("nat", SERVICES, match): f"KUBE-FW-{pools.suffix}",
+        Item("nat", f"KUBE-FW-{pools.suffix}"): (*passing, *allowed),
+        Item("filter", FIREWALL, concerned(ruleset, route)): "DROP",
     }
 
 
@@ -260,47 +305,69 @@ def frontend_match(frontend: Frontend, note: str = "") -> str:
     return f"{where}-p {proto} {note}-m {proto} --dport {frontend.port}"
 
 
-def external_rules(ruleset: Ruleset, route: Route, pools: Pools, suffix: str) -> tuple[str, ...]:
+def concerned(ruleset: Ruleset, route: Route, note: str = "") -> str:
+    """Return the match of a frontend for those who do not pass by it."""
+    match = frontend_match(route.frontend, note)
+    if not isinstance(route.from_node, Pass):
+        return match
+    strangers = " -m addrtype ! --src-type LOCAL"
+    if ruleset.pods is None:
+        return match + strangers
+    if isinstance(ruleset.pods, str):
+        where, _, rest = match.partition(" -p ")
+        return f"{where} ! -i {ruleset.pods} -p {rest}{strangers}"
+    return f"! -s {ruleset.pods} {match}{strangers}"
+
+
+def external_rules(ruleset: Ruleset, route: Route, pools: Pools) -> tuple[str, ...]:
     """Return the rules for connections to external frontends, all kinds alike.
 
     With policy Local, this node's pods and its processes reach all endpoints, the latter
     masqueraded; others those of this node, and without any the filter table drops them.
     """
-    whole_pool, outside = pool_of(route.from_node), pool_of(route.from_outside)
-    assert whole_pool is not None, "the route forwards"
-    jump = f"-j {pools.chain(whole_pool, suffix)}"
-    if isinstance(route.from_outside, Forward) and route.from_outside.masquerade:
-        return (f"-j {MARK_MASQ}", jump)
-    lines = [f"{from_pods(ruleset)} {jump}"] if ruleset.pods is not None else []
-    lines += [f"-m addrtype --src-type LOCAL -j {MARK_MASQ}"]
-    lines += [f"-m addrtype --src-type LOCAL {jump}"]
+    inside, outside = pool_of(route.from_node), pool_of(route.from_outside)
+    if inside is not None and inside == outside and masquerades(route.from_pod):
+        return (f"-j {MARK_MASQ}", f"-j {pools.chain(inside)}")
+    lines: list[str] = []
+    if isinstance(route.from_node, Pass):
+        lines += insiders(ruleset, "-j RETURN")
+    elif inside is not None:
+        lines += insiders(ruleset, f"-j {pools.chain(inside)}", f"-j {MARK_MASQ}")
+    if masquerades(route.from_outside):
+        lines.append(f"-j {MARK_MASQ}")
     if outside is not None:
-        lines.append(f"-j {pools.chain(outside, suffix)}")
+        lines.append(f"-j {pools.chain(outside)}")
     return tuple(lines)
+
+
+def insiders(ruleset: Ruleset, target: str, *first_of_node: str) -> list[str]:
+    """Return rules for what this node's pods and, after others, its processes send."""
+    lines = [f"{from_pods(ruleset)} {target}"] if ruleset.pods is not None else []
+    return lines + [f"-m addrtype --src-type LOCAL {to}" for to in (*first_of_node, target)]
 
 
 def from_pods(ruleset: Ruleset) -> str:
     return f"-i {ruleset.pods}" if isinstance(ruleset.pods, str) else f"-s {ruleset.pods}"
 
 
-def refusal(family: Family, owner: ServicePortName, route: Route) -> Items:
+def refusal(ruleset: Ruleset, owner: ServicePortName, route: Route) -> Items:
     """Return the rule of table filter for what a frontend does not forward.
 
     Connections that were given a backend do not match it: their destination is another by then.
     """
-    if isinstance(route.from_node, Reject):
-        why, target = "has no endpoints", f"REJECT --reject-with {REJECT_WITH[family]}"
+    if isinstance(route.from_outside, Reject):
+        why, target = "has no endpoints", f"REJECT --reject-with {REJECT_WITH[ruleset.family]}"
     elif isinstance(route.from_outside, Drop):
         why, target = "has no local endpoints", "DROP"
     else:
         return {}
-    match = frontend_match(route.frontend, comment(f"{owner} {why}"))
+    match = concerned(ruleset, route, comment(f"{owner} {why}"))
     chain = SERVICES if route.kind == "ClusterIP" else EXTERNAL
     if route.kind == "NodePort":
         match += " -m addrtype --dst-type LOCAL"
     items: Items = {Item("filter", chain, match): target}
     if route.allowed_sources is not None and target == "DROP" and not forwards(route):
-        items[Item("filter", FIREWALL, frontend_match(route.frontend))] = "DROP"
+        items[Item("filter", FIREWALL, concerned(ruleset, route))] = "DROP"
     return items
 
 

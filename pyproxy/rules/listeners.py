@@ -14,6 +14,7 @@ from pyproxy.model import (
     Forward,
     Frontend,
     Network,
+    Pass,
     PortPlan,
     Reject,
     Route,
@@ -74,28 +75,34 @@ def origin_of(ip: str, around: Surroundings) -> Origin:
 def action_for(route: Route, ip: str, around: Surroundings) -> Action:
     """Return what becomes of a connection from ``ip``.
 
-    Sources that are not allowed are dropped, whatever their origin. Where the origin makes no
-    difference it is not looked at.
+    Sources that are not allowed are dropped, whatever their origin, unless theirs passes by. Where
+    the origin makes no difference it is not looked at.
     """
-    if route.allowed_sources is not None:
+    action = route.from_outside
+    if route.from_pod is not action or route.from_node is not action:
+        match origin_of(ip, around):
+            case "pod":
+                action = route.from_pod
+            case "node":
+                action = route.from_node
+            case "outside":
+                pass
+    if route.allowed_sources is not None and not isinstance(action, Pass):
         address = ip_address(ip)
         if not any(address in network for network in route.allowed_sources):
             return Drop()
-    if route.from_pod is route.from_outside and route.from_node is route.from_outside:
-        return route.from_outside
-    match origin_of(ip, around):
-        case "pod":
-            return route.from_pod
-        case "node":
-            return route.from_node
-        case "outside":
-            return route.from_outside
+    return action
 
 
 def needs_guard(route: Route) -> bool:
     """Say whether some sources must meet silence, which only the kernel can give them."""
     actions = (route.from_pod, route.from_node, route.from_outside)
     return route.allowed_sources is not None or any(isinstance(a, Drop) for a in actions)
+
+
+def passes_by(route: Route) -> bool:
+    """Say whether what pods and the node send goes past this frontend, to the load balancer."""
+    return isinstance(route.from_node, Pass)
 
 
 def owns_address(route: Route) -> bool:

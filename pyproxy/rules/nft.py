@@ -140,6 +140,10 @@ class MatchProto(Struct, frozen=True):
     proto: Proto
 
 
+class MatchTransparent(Struct, frozen=True):
+    """``socket transparent 1``: a socket that may have others' addresses wants the packet."""
+
+
 class SetMark(Struct, frozen=True):
     """``meta mark set mark or 0x4000``."""
 
@@ -214,7 +218,7 @@ class Counter(Struct, frozen=True):
 
 
 AddressMatch = MatchNetwork | MatchSet | MatchInput | MatchLocal
-StateMatch = MatchState | MatchDnat | MatchMark | MatchProto
+StateMatch = MatchState | MatchDnat | MatchMark | MatchProto | MatchTransparent
 Change = SetMark | ToggleMark | Dnat | DnatPick | UpdateSet
 Ending = Reject | Masquerade | Tproxy | Counter | VerdictMap | PickVerdict | Verdict
 Statement = AddressMatch | StateMatch | Change | Ending

@@ -31,7 +31,14 @@ from pyproxy.rules.nft import (
     Verdict,
     VerdictMap,
 )
-from pyproxy.rules.nftables import NODE_PORT, SERVICE, Ruleset, pod_match
+from pyproxy.rules.nftables import (
+    NODE_PORT,
+    REFUSE,
+    SERVICE,
+    Ruleset,
+    insiders_return,
+    pod_match,
+)
 
 TABLE_NAME = "pyproxy"
 LOOPBACK: Mapping[Family, Network] = {4: ip_network("127.0.0.0/8"), 6: ip_network("::1/128")}
@@ -53,7 +60,10 @@ HOOKS = (
 CHAINS = (
     Chain("services"),
     Chain("guard"),
+    Chain("guard-passed"),
     Chain("refuse"),
+    Chain("refuse-strangers"),
+    Chain("drop-strangers"),
     Chain("cluster-ips-check"),
     Chain("masquerade-marked"),
     *HOOKS,
@@ -83,6 +93,7 @@ def sets(family: Family) -> tuple[Set, ...]:
         Set("node-port-ips", (ip,)),
         Set("hairpin", (ip, ip, "inet_proto", "inet_service")),
         Set("guarded", front),
+        Set("passed", front),
         Set("allowed", (*front, ip), flags=("interval",)),
     )
 
@@ -102,10 +113,19 @@ def rules(ruleset: Ruleset) -> tuple[Rule, ...]:
             (
                 MatchSet(SERVICE.fields, "guarded"),
                 MatchSet(GUARDED, "allowed", inside=False),
-                Verdict("drop"),
+                Verdict("goto", "guard-passed"),
             ),
         ),
+        Rule(
+            "guard-passed",
+            (MatchSet(SERVICE.fields, "passed"), Verdict("goto", "drop-strangers")),
+        ),
+        Rule("guard-passed", (Verdict("drop"),)),
         Rule("refuse", (Reject(),)),
+        *insiders_return(ruleset, "refuse-strangers"),
+        Rule("refuse-strangers", (REFUSE,)),
+        *insiders_return(ruleset, "drop-strangers"),
+        Rule("drop-strangers", (Verdict("drop"),)),
         Rule(
             "cluster-ips-check",
             (MatchSet(("daddr",), "cluster-ips"), Reject()),

@@ -6,13 +6,12 @@ chain picks. So a change is a few elements, whatever the size of the cluster. Se
 session affinity alone have chains and sets of their own, one for each endpoint.
 """
 
-from collections import Counter as Multiset
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from ipaddress import collapse_addresses
 from typing import NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from pyproxy.model import (
     Action,
@@ -22,6 +21,7 @@ from pyproxy.model import (
     Forward,
     Frontend,
     Network,
+    Pass,
     Pool,
     PortPlan,
     Proto,
@@ -47,8 +47,11 @@ from pyproxy.rules.nft import (
     packed_slot,
 )
 from pyproxy.rules.nft_affinity import CHAIN, PICKS, Content, Entrance, affine, identity, turn
+from pyproxy.rules.slots import settled
 
 REFUSE = Verdict("goto", "refuse")
+REFUSE_STRANGERS = Verdict("goto", "refuse-strangers")
+DROP_STRANGERS = Verdict("goto", "drop-strangers")
 
 
 class Item(NamedTuple):
@@ -114,7 +117,7 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Conten
             element = Element(key, data=verdict, comment=comment)
             items[Item(place.refusals, key)] = element
         else:
-            entrance = entrance_for(ruleset, port, route, place)
+            entrance = whole_entrance(ruleset, port, route, place)
             for container, name, content in entrance.needs:
                 items[Item(container, name, port.owner)] = content
             goto = Verdict("goto", entrance.chain)
@@ -123,18 +126,22 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Conten
         if route.kind == "ClusterIP":
             items[Item("cluster-ips", packed_ip(route.frontend.ip), port.owner)] = PRESENT
         if route.allowed_sources is not None:
-            items |= guarded(key, route.allowed_sources)
+            items |= guarded(key, route)
     for address in local_backends(port):
         items[Item("hairpin", hairpin_key(address, port.owner.proto), port.owner)] = PRESENT
     return items
 
 
 def refusal(route: Route) -> Verdict | None:
-    """Return what meets everybody at this frontend, if it is the same and no pool."""
+    """Return what meets everybody at this frontend who does not pass by, if it is no pool."""
     actions = (route.from_pod, route.from_node, route.from_outside)
-    if all(isinstance(action, Reject) for action in actions):
-        return REFUSE
-    return Verdict("drop") if all(isinstance(a, Drop) for a in actions) else None
+    actors = [action for action in actions if not isinstance(action, Pass)]
+    some_pass = len(actors) < len(actions)
+    if all(isinstance(action, Reject) for action in actors):
+        return REFUSE_STRANGERS if some_pass else REFUSE
+    if all(isinstance(action, Drop) for action in actors):
+        return DROP_STRANGERS if some_pass else Verdict("drop")
+    return None
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -160,13 +167,16 @@ def hairpin_key(address: Address, proto: Proto) -> bytes:
     return ip + ip + port_key(proto, address.port)
 
 
-def guarded(key: bytes, sources: Sequence[Network]) -> Items:
-    """Return what lets nobody but ``sources`` in at a frontend.
+def guarded(key: bytes, route: Route) -> Items:
+    """Return what lets only the allowed sources in at a frontend, and whom it does not concern.
 
     Networks that overlap are united: the kernel's kind of set refuses to hold both.
     """
+    assert route.allowed_sources is not None, "it is for few"
     items: Items = {Item("guarded", key): PRESENT}
-    for network in collapse_addresses(sources):  # type: ignore[type-var]  # a union is no TypeVar
+    if isinstance(route.from_node, Pass):
+        items[Item("passed", key)] = PRESENT
+    for network in collapse_addresses(route.allowed_sources):  # type: ignore[type-var]  # a union is no TypeVar
         first = key + network.network_address.packed
         last = key + network.broadcast_address.packed
         items[Item("allowed", first + last)] = Element(first, key_end=last)
@@ -185,32 +195,18 @@ def numbered_endpoints(
         if pool.affinity_seconds is None:
             addresses = [endpoint_data(address) for address in turn(pool)]
             slots = [Item(container, key + packed_slot(slot)) for slot in range(len(addresses))]
-            items.update(zip(slots, settled(addresses, slots, before), strict=True))
+            old = [data_of(before.get(slot)) for slot in slots] if before else []
+            items.update(zip(slots, settled(addresses, old), strict=True))
     return items
 
 
-def settled(
-    wanted: Sequence[bytes], slots: Sequence[Item], before: Mapping[Item, Content]
-) -> Sequence[bytes]:
-    """Return the endpoints by slot: each stays where it was if its slot still exists."""
-    old = [before.get(slot) for slot in slots] if before else []
-    if old == wanted or not any(old):
-        return wanted
-    left = Multiset(wanted)
-    kept = [data if isinstance(data, bytes) and take(left, data) else None for data in old]
-    others = iter([data for data in wanted if take(left, data)])
-    return [data if data is not None else next(others) for data in kept]
-
-
-def take(left: Multiset[bytes], data: bytes) -> bool:
-    if left[data] <= 0:
-        return False
-    left[data] -= 1
-    return True
+def data_of(content: Content | None) -> bytes | None:
+    return content if isinstance(content, bytes) else None
 
 
 def pools_of(route: Route, place: Place) -> Iterator[tuple[Pool, str]]:
     """Yield the pools of a route, with the map that has their endpoints."""
+    route = for_strangers(route)
     shared, outside = pool_of(route.from_node), pool_of(route.from_outside)
     if shared is not None:
         yield shared, place.endpoints
@@ -235,8 +231,27 @@ def local_backends(port: PortPlan) -> set[Address]:
 # --- chains ---------------------------------------------------------------------------------------
 
 
+def whole_entrance(ruleset: Ruleset, port: PortPlan, route: Route, place: Place) -> Entrance:
+    """Return the chain for a frontend that forwards at least one origin."""
+    if not isinstance(route.from_node, Pass):
+        return entrance_for(ruleset, port, route, place)
+    pool = pool_of(route.from_outside)
+    assert pool is not None, "somebody is forwarded"
+    entrance = pool_entrance(port, pool, place, place.endpoints)
+    if masquerades(route.from_outside):
+        entrance = marked(ruleset, port.owner, entrance)
+    return passed(ruleset, port.owner, entrance)
+
+
+def for_strangers(route: Route) -> Route:
+    """Return the route without those who pass by: nobody else is left to be told apart."""
+    if not isinstance(route.from_node, Pass):
+        return route
+    return structs.replace(route, from_pod=route.from_outside, from_node=route.from_outside)
+
+
 def entrance_for(ruleset: Ruleset, port: PortPlan, route: Route, place: Place) -> Entrance:
-    """Return the chain for a frontend that forwards at least one origin.
+    """Return the chain for a frontend that concerns everybody.
 
     The masquerading of cluster IPs is a rule of the fixed part: it depends on the origin alone.
     """
@@ -245,10 +260,12 @@ def entrance_for(ruleset: Ruleset, port: PortPlan, route: Route, place: Place) -
     whole = pool_entrance(port, pool, place, place.endpoints)
     if route.kind == "ClusterIP":
         return whole
-    if outside == pool and masquerades(route.from_outside):
+    if outside == pool and masquerades(route.from_pod):
         return marked(ruleset, port.owner, whole)
     container = place.endpoints if outside == pool else place.local_endpoints
     local = pool_entrance(port, outside, place, container) if outside else None
+    if local is not None and masquerades(route.from_outside):
+        local = marked(ruleset, port.owner, local)
     return local_only(ruleset, port.owner, whole, local, place)
 
 
@@ -274,12 +291,30 @@ def shared_pick(place: Place, container: str, scheduler: Scheduler | None, count
 
 def marked(ruleset: Ruleset, owner: ServicePortName, pick: Entrance) -> Entrance:
     """Return the chain that has connections masqueraded before they are given a backend."""
-    name = f"external-{identity(owner)}" if is_own(pick) else f"{pick.chain}-masq"
+    name = own_name("external", pick, owner) if is_own(pick) else f"{pick.chain}-masq"
     rules = (
         Rule(name, (SetMark(ruleset.mark),)),
         Rule(name, (Verdict("goto", pick.chain),)),
     )
     return Entrance(name, (*pick.needs, (CHAIN, name, rules)))
+
+
+def passed(ruleset: Ruleset, owner: ServicePortName, entrance: Entrance) -> Entrance:
+    """Return the chain that lets this node's pods and processes pass by."""
+    name = f"passed-{identity(owner)}" if is_own(entrance) else f"{entrance.chain}-passed"
+    rules = (
+        *insiders_return(ruleset, name),
+        Rule(name, (Verdict("goto", entrance.chain),)),
+    )
+    return Entrance(name, (*entrance.needs, (CHAIN, name, rules)))
+
+
+def insiders_return(ruleset: Ruleset, chain: str) -> tuple[Rule, ...]:
+    """Return the rules that end a chain for what this node's pods and processes send."""
+    from_pods = pod_match(ruleset)
+    leave = Verdict("return")
+    here = Rule(chain, (MatchLocal("saddr"), leave))
+    return (here,) if from_pods is None else (Rule(chain, (from_pods, leave)), here)
 
 
 def local_only(
@@ -295,7 +330,7 @@ def local_only(
     of this node, and without any, nothing.
     """
     if is_own(whole):
-        name = f"external-{identity(owner)}"
+        name = own_name("apart", whole, owner)
     else:
         here = local.chain.removeprefix(place.prefix) if local else "nothing"
         name = f"{place.prefix}local-{whole.chain.removeprefix(place.prefix)}-{here}"
@@ -323,9 +358,18 @@ def pool_word(port: PortPlan, pool: Pool) -> str:
 
     That policy may be the internal one: then it is the cluster IP that has the local pool.
     """
-    external = (route for route in port.routes if route.kind != "ClusterIP")
-    whole = next((pool_of(route.from_node) for route in external), pool)
+    external = [route for route in port.routes if route.kind != "ClusterIP"]
+    actions = [action for route in external for action in (route.from_node, route.from_outside)]
+    pools = [found for action in actions if (found := pool_of(action)) is not None]
+    whole = max(pools, key=lambda found: len(found.backends), default=pool)
     return "service" if pool == whole else "local"
+
+
+def own_name(prefix: str, entrance: Entrance, owner: ServicePortName) -> str:
+    """Return the name of an owner's chain that leads to another of its chains."""
+    word, _, _ = entrance.chain.partition("-")
+    local = "" if word == "service" else "local-"
+    return f"{prefix}-{local}{identity(owner)}"
 
 
 def is_own(entrance: Entrance) -> bool:

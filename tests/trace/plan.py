@@ -2,7 +2,7 @@
 
 from ipaddress import ip_address
 
-from pyproxy.model import Drop, Forward, Frontend, Reject
+from pyproxy.model import Drop, Forward, Frontend, Pass, Reject
 from tests.trace.packet import DROPPED, REFUSED, UNTOUCHED, Delivered
 
 
@@ -11,6 +11,8 @@ def fate(ports, packet, world):
     route = route_of(ports, packet, world)
     if route is None:
         return unclaimed(ports, packet, world)
+    if isinstance(action_of(route, packet, world), Pass):
+        return UNTOUCHED
     source = ip_address(packet.sender.ip)
     if route.allowed_sources is not None and not any(source in n for n in route.allowed_sources):
         return DROPPED

@@ -6,7 +6,7 @@ Their backends always see an address of this node: nothing is said of masqueradi
 from ipaddress import ip_address
 
 from pyproxy.host import LOOPBACK
-from pyproxy.model import Drop, Forward, Frontend
+from pyproxy.model import Drop, Forward, Frontend, Pass
 from pyproxy.rules.capture import (
     NO_SOURCES,
     NUMBER,
@@ -71,6 +71,8 @@ class Listeners:
         if listener is None:
             return self._unclaimed(packet)
         route = listener.route
+        if isinstance(action_for(route, packet.sender.ip, self.around), Pass):
+            return UNTOUCHED  # a routing rule leads it past
         match stance(route):
             case "refuse":
                 return REFUSED  # there is no socket
@@ -131,6 +133,11 @@ class Captured(Listeners):
             self.maps.sockets[NUMBER.pack(index)] = index
 
     def fate(self, packet, world):
+        listener = self._listener(packet, world)
+        if listener is not None:
+            action = action_for(listener.route, packet.sender.ip, self.around)
+            if isinstance(action, Pass):
+                return UNTOUCHED  # a routing rule leads it past
         socket = self.socket(packet)
         if socket in (SINK_OF_TCP, SINK_OF_UDP):
             return DROPPED
@@ -138,7 +145,6 @@ class Captured(Listeners):
             return UNTOUCHED
         if socket == "refused":
             return REFUSED
-        action = action_for(self._listener(packet, world).route, packet.sender.ip, self.around)
         return Delivered(frozenset(backend.address for backend in action.pool.backends))
 
     def socket(self, packet, port=40000):

@@ -2,11 +2,13 @@ import pytest
 
 from pyproxy.kube.annotations import (
     AnnotationError,
+    parse_balancer_traffic,
+    parse_elb_pass_through,
     parse_scheduler,
     parse_trigger_time,
     parse_weights,
 )
-from pyproxy.model import SCHEDULERS, WeightRule
+from pyproxy.model import BALANCER_TRAFFIC, SCHEDULERS, WeightRule
 
 VOID = "; the whole annotation is ignored"
 
@@ -69,8 +71,8 @@ def test_an_unknown_scheduler_is_named_with_the_known_ones():
     with pytest.raises(AnnotationError) as caught:
         parse_scheduler("fastest")
     assert str(caught.value) == (
-        'annotation pyproxy.io/scheduler: "fastest" is not one of rr, wrr, random, lc, sh; '
-        "it is ignored"
+        'annotation pyproxy.io/scheduler: "fastest" is not one of rr, wrr, random, lc, wlc, '
+        "sh, dh, mh, sed, nq; it is ignored"
     )
 
 
@@ -102,3 +104,27 @@ def test_a_trigger_time_is_unix_seconds(text, seconds):
 def test_other_text_is_no_trigger_time(text):
     with pytest.raises(AnnotationError, match=r"last-change-trigger-time: .* is not an RFC 3339"):
         parse_trigger_time(text)
+
+
+@pytest.mark.parametrize("name", BALANCER_TRAFFIC)
+def test_load_balancer_traffic_has_three_words(name):
+    assert parse_balancer_traffic(f" {name} ") == name
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("true", "pass-through"),
+        ("onlyLocal", "local-else-pass-through"),
+        ("false", None),
+        ("", None),
+    ],
+)
+def test_what_a_cloud_calls_pass_through(text, meaning):
+    assert parse_elb_pass_through(text) == meaning
+
+
+@pytest.mark.parametrize("parse", [parse_balancer_traffic, parse_elb_pass_through])
+def test_other_words_for_load_balancer_traffic_are_named(parse):
+    with pytest.raises(AnnotationError, match='"maybe" is not'):
+        parse("maybe")

@@ -109,6 +109,7 @@ CASES = [
         "ipvs.tcpFinTimeout: -1s is negative",
     ),
     ({"mode": "ipvs", "ipvs__udp_timeout_seconds": -1.0}, "ipvs.udpTimeout: -1s is negative"),
+    ({"mode": "ipvs", "ipvs__drain_timeout_seconds": -1.0}, "ipvs.drainTimeout: -1s is negative"),
     (
         {"userspace__capture": "sk_lookups"},
         'userspace.capture: "sk_lookups" is not one of auto, sk_lookup, tproxy, listeners'

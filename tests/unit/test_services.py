@@ -89,3 +89,39 @@ def test_only_local_load_balancers_have_a_health_port(fields, port):
 def test_external_ips_may_be_switched_off():
     (port,) = service_ports(service(external_ips=("198.18.0.1",)), 4, allow_external_ips=False)
     assert port.external_ips == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "cloud", "expected"),
+    [
+        pytest.param({}, "", (("198.18.0.1",), "short-circuit"), id="ipMode says it"),
+        pytest.param(
+            {"balancer_traffic": "short-circuit"}, "",
+            (("198.18.0.1", "198.18.0.2"), "short-circuit"), id="more than ipMode wants",
+        ),
+        pytest.param(
+            {"balancer_traffic": "pass-through"}, "",
+            (("198.18.0.1",), "pass-through"), id="less than ipMode wants",
+        ),
+        pytest.param(
+            {"balancer_traffic": "local-else-pass-through"}, "",
+            (("198.18.0.1", "198.18.0.2"), "local-else-pass-through"), id="where an endpoint is",
+        ),
+        pytest.param(
+            {"cloud_traffic": "pass-through"}, "",
+            (("198.18.0.1",), "short-circuit"), id="a cloud's word, unasked",
+        ),
+        pytest.param(
+            {"cloud_traffic": "pass-through"}, "huawei",
+            (("198.18.0.1",), "pass-through"), id="a cloud's word",
+        ),
+        pytest.param(
+            {"cloud_traffic": "pass-through", "balancer_traffic": "short-circuit"}, "huawei",
+            (("198.18.0.1", "198.18.0.2"), "short-circuit"), id="ours comes first",
+        ),
+    ],
+)  # fmt: skip
+def test_who_carries_the_traffic_of_a_load_balancer(said, cloud, expected):
+    web = service(load_balancer_ips=("198.18.0.1",), proxied_ips=("198.18.0.2",), **said)
+    (port,) = service_ports(web, 4, cloud=cloud)
+    assert (port.load_balancer_ips, port.balancer_traffic) == expected

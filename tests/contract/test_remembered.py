@@ -1,0 +1,101 @@
+"""A start without the API server, and its return."""
+
+import asyncio
+import contextlib
+
+from pyproxy.metrics import Metrics
+from pyproxy.model import Node, Replace, Upsert
+from pyproxy.remembered import RememberedFeed, Times
+from pyproxy.state import KINDS
+from tests.builders import service
+from tests.fakes.feed import FakeFeed
+
+ORIGIN = "Node here of http://api"
+HERE, WEB, API = Node("here"), service("web"), service("api")
+QUICK = Times(patience=0.05, delay=0.01)
+LISTS = {
+    **{kind: Replace(kind, ()) for kind in KINDS},
+    "Service": Replace("Service", (WEB,)),
+    "Node": Replace("Node", (HERE,)),
+}
+
+
+@contextlib.asynccontextmanager
+async def followed(folder, *changes, origin=ORIGIN):
+    """Follow a feed that says these changes; what it passes on is in ``told``."""
+    inner = FakeFeed(*changes)
+    metrics = Metrics("userspace", (4,))
+    feed = RememberedFeed(inner, folder, origin, metrics, lambda: 1000.0)
+    feed.times = QUICK
+    inner.told, inner.metrics = [], metrics
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(feed.follow(inner.told.append))
+        yield inner
+        task.cancel()
+        await feed.aclose()
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - a file has no event
+            await asyncio.sleep(0.005)
+
+
+def stale_kinds(metrics):
+    _, text = metrics.exposition("text/plain")
+    lines = [line for line in text.decode().splitlines() if line.startswith("pyproxy_state_stale{")]
+    return {line.split('"')[1] for line in lines if line.endswith(" 1.0")}
+
+
+async def test_a_start_without_the_server_goes_by_what_it_said_before(tmp_path):
+    async with followed(tmp_path, *LISTS.values()):
+        await until((tmp_path / "state").exists)
+    async with followed(tmp_path) as feed:
+        await until(lambda: len(feed.told) == len(KINDS))
+        assert feed.told == [LISTS[kind] for kind in KINDS]
+        assert stale_kinds(feed.metrics) == set(KINDS)
+        fresh = Replace("Service", (API,))
+        feed.tell(fresh)
+        await feed.taken_in()
+        assert feed.told[-1] == fresh
+        assert stale_kinds(feed.metrics) == set(KINDS) - {"Service"}
+
+
+async def test_what_the_server_says_in_time_is_not_replaced(tmp_path):
+    async with followed(tmp_path, *LISTS.values()):
+        await until((tmp_path / "state").exists)
+    fresh = Replace("Service", (API,))
+    async with followed(tmp_path, fresh) as feed:
+        await until(lambda: len(feed.told) == len(KINDS))
+        assert feed.told == [fresh, *(LISTS[kind] for kind in KINDS if kind != "Service")]
+
+
+async def test_the_file_of_another_cluster_is_not_used(tmp_path, caplog):
+    async with followed(tmp_path, *LISTS.values()):
+        await until((tmp_path / "state").exists)
+    async with followed(tmp_path, origin="Node there of http://api") as feed:
+        await until(lambda: "no earlier state is of use" in caplog.text)
+        assert feed.told == []
+
+
+async def test_a_half_known_cluster_is_not_written(tmp_path):
+    async with followed(tmp_path, LISTS["Service"]) as feed:
+        await feed.taken_in()
+        await asyncio.sleep(5 * QUICK.delay)
+        assert not (tmp_path / "state").exists()
+
+
+async def test_the_last_change_before_the_end_is_kept(tmp_path):
+    async with followed(tmp_path, *LISTS.values()) as feed:
+        await until((tmp_path / "state").exists)
+        feed.tell(Upsert("Service", API))
+        await feed.taken_in()
+    async with followed(tmp_path) as feed:
+        await until(lambda: len(feed.told) == len(KINDS))
+        assert feed.told[0] == Replace("Service", (WEB, API))
+
+
+async def test_a_folder_that_cannot_be_is_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    async with followed(tmp_path / "file" / "sub", *LISTS.values()):
+        await until(lambda: "cannot save" in caplog.text)
