@@ -186,6 +186,12 @@ class Fronts:
                 held.front.close()
         self.capture.leave()
 
+    def end(self) -> None:
+        """Close what ``leave`` has left open."""
+        for held in self._held.values():
+            if held.front is not None:
+                held.front.close()
+
     def aclose(self) -> None:
         """Let nobody in any more, and remove what the capture has in the kernel."""
         self.retire()

@@ -199,6 +199,7 @@ class Frontends:
         if self._succession.is_over:
             if self._udp.open_count:
                 await asyncio.sleep(REPLIES_SECONDS)
+            self._fronts.end()
         elif self._opened is not None:
             self._close(self._opened.listeners())
             self._opened.aclose()
