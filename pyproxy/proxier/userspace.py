@@ -115,7 +115,7 @@ class Frontends:
         self._opened: Fronts | None = None
         self._succession = Succession(
             meeting_place(env.config.userspace.runtime_dir, env.family),
-            lambda: self._fronts.capture.sockets,
+            lambda: self._fronts.entrances(),
             self._retire,
         )
         self._pickers: dict[ServicePortName, Picker] = {}
@@ -129,8 +129,9 @@ class Frontends:
         """Return what listens; and see which local routes there are, from whomever."""
         if self._vips is None:
             await self._env.host.read()
-            capture = self._way(await self._succession.inherited())
-            self._opened = Fronts(self._env.family, self._tcp, self._udp, capture)
+            shared, own = await self._succession.inherited()
+            capture = self._way(shared)
+            self._opened = Fronts(self._env.family, self._tcp, self._udp, capture, own)
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
             self._bypass = Bypass(self._env.family, RTPROT_PYPROXY)
@@ -207,12 +208,9 @@ class Frontends:
             log.info("closing connections", extra={"open": self._tcp.open_count})
         self._tcp.close_all()
         self._udp.close_all()
-        if self._transparent is not None:
-            self._transparent.close()
-        if self._vips is not None:
-            self._vips.close()
-        if self._bypass is not None:
-            self._bypass.close()
+        for part in (self._transparent, self._vips, self._bypass):
+            if part is not None:
+                part.close()
 
     async def _retire(self) -> list[Given]:
         """Let nobody in any more; return the connections that there are, for a successor."""
