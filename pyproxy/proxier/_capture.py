@@ -67,7 +67,7 @@ class ByLookup:
         except OSError as error:
             raise Unsupported(error.strerror) from error
         try:
-            self._lookup = Lookup(family, [self.sockets])
+            self._lookup = Lookup(family, self.sockets)
         except Unsupported:
             self.sockets.close()
             raise
