@@ -56,6 +56,7 @@ class Fronts:
         self._tcp = tcp
         self._udp = udp
         self.capture = capture
+        self._outdated: list[TcpFront | UdpFront] = []  # until the capture leads elsewhere
         self._datagrams: Datagrams | None = None
         self.sockets: list[socket.socket] = []  # where the capture brings connections to
         if capture.sockets is not None:
@@ -104,7 +105,7 @@ class Fronts:
         foreign = self._is_foreign(frontend, listener)
         held = Held(listener, front, taken, foreign)
         if front is not None and before is not None and must_reopen(before, held):
-            front.close()
+            self._outdated.append(front)
             held.front = None
         try:
             if taken and (before is None or not before.taken):
@@ -130,6 +131,13 @@ class Fronts:
         else:
             front.update(listener, picker)
             self._protect(front.sockets, listener)
+
+    def commit(self) -> None:
+        """Have all changes in effect, and close what they replace. Raises ``OSError``."""
+        self.capture.commit()
+        for front in self._outdated:
+            front.close()
+        self._outdated.clear()
 
     def front_of(self, client: SocketType) -> TcpFront | None:
         """Return the frontend that a client wants who came by the shared socket."""

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import cast
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from pyproxy.delta import Delta
 from pyproxy.model import Address, Family, Frontend, Network
@@ -335,7 +336,7 @@ class IpvsTarget:
                 self._remember(request)
         for request, code in failed:
             if code == errno.EEXIST and not self._spares(request.subject):
-                again.append(request._replace(command=AS_SET[request.command]))
+                again.append(replace(request, command=AS_SET[request.command]))
             elif request.command in AS_SET:
                 refused[request.subject] = nl.why_not(request, code)
             elif request.command not in (nl.DEL_SERVICE, nl.DEL_DEST) or code not in GONE:

@@ -21,6 +21,7 @@ from pyproxy.rules.nft import (
     MatchProto,
     MatchSet,
     MatchState,
+    MatchTransparent,
     Pick,
     PickVerdict,
     Reject,
@@ -31,6 +32,7 @@ from pyproxy.rules.nft import (
     Statement,
     Table,
     ToggleMark,
+    Tproxy,
     TypeName,
     Types,
     UpdateSet,
@@ -73,7 +75,7 @@ def statement_text(table: Table, statement: Statement) -> str:
     match statement:
         case MatchNetwork() | MatchSet() | MatchInput() | MatchLocal():
             return _address_match_text(table, statement)
-        case MatchState() | MatchDnat() | MatchMark() | MatchProto():
+        case MatchState() | MatchDnat() | MatchMark() | MatchProto() | MatchTransparent():
             return _state_match_text(statement)
         case SetMark() | ToggleMark() | Dnat() | DnatPick() | UpdateSet():
             return _change_text(table, statement)
@@ -104,6 +106,8 @@ def _state_match_text(statement: StateMatch) -> str:
             return f"meta mark and {bits:#x} == {bits:#x}"
         case MatchProto(proto):
             return f"meta l4proto {proto.lower()}"
+        case MatchTransparent():
+            return "socket transparent 1"
 
 
 def _change_text(table: Table, statement: Change) -> str:
@@ -134,6 +138,8 @@ def _ending_text(table: Table, statement: Ending) -> str:
             return "reject"
         case Masquerade():
             return "masquerade fully-random"
+        case Tproxy(address):
+            return f"tproxy to {address}"
         case Counter():
             return "counter"
 

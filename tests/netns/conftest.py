@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from pyproxy.config import Config, Userspace
+from pyproxy.proxier import _bpf
 from tests.netns.standin import NODE_IP, printed
+
+ALLOW = bytes.fromhex("b7000000010000009500000000000000")  # r0 = 1; exit
 
 ADDRESSES = ("192.0.2.11/32", "192.0.2.12/32", "198.51.100.50/32", "10.244.1.10/32")
 ADDRESSES6 = ("fd00:c0de::11/128", "fd00:5e::50/128", "fd00:10:244::10/128")
@@ -42,6 +46,24 @@ def namespace():
     assert batch.returncode == 0
 
 
+def may_load():
+    try:
+        _bpf.load_program(_bpf.SK_LOOKUP, ALLOW, attach=_bpf.ATTACH_SK_LOOKUP).close()
+    except PermissionError:
+        return False
+    return True
+
+
+@pytest.fixture
+def privileged():
+    """The right to load programs, which root of a user namespace has not."""
+    if not may_load():
+        reason = "run it as root: a user namespace gives no right to load programs"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
 @pytest.fixture
 def bpffs(tmp_path):
     """A bpf file system of the test's own."""
@@ -65,6 +87,12 @@ def test_cgroup():
     yield group
     (own / "cgroup.procs").write_text(str(os.getpid()))
     group.rmdir()
+
+
+@pytest.fixture
+def config(privileged, test_cgroup, bpffs):
+    """Settings that balance the sockets of the test's own process."""
+    return Config(userspace=Userspace(cgroup=str(test_cgroup)))
 
 
 def run(*command):

@@ -9,26 +9,12 @@ import pytest
 
 from pyproxy.proxier import _bpf
 from pyproxy.rules.ebpf import FP, R0, R1, R2, R3, R6, Assembler
+from tests.netns.conftest import ALLOW
 
-ALLOW = bytes.fromhex("b7000000010000009500000000000000")
 CONNECT4 = 10
 
 
-def may_load():
-    try:
-        _bpf.load_program(_bpf.SK_LOOKUP, ALLOW, attach=_bpf.ATTACH_SK_LOOKUP).close()
-    except PermissionError:
-        return False
-    return True
-
-
-@pytest.fixture(autouse=True)
-def _privileged():
-    if not may_load():
-        reason = "a user namespace gives no right to load programs: root has it"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("privileged")
 
 
 def number(n):

@@ -36,24 +36,10 @@ from pyproxy.rules.listeners import Listener
 from pyproxy.rules.socketlb_code import Fds
 from tests.netns.node import LOOPBACK, NODE_IP, proxied
 from tests.netns.pods import GATEWAY, POD_IP, plain_socket, pod
-from tests.netns.test_bpf import may_load
 
 both = pytest.mark.parametrize("family", [4, 6])
+pytestmark = pytest.mark.usefixtures("privileged")
 protocols = pytest.mark.parametrize("proto", ["TCP", "UDP"])
-
-
-@pytest.fixture(autouse=True)
-def _privileged():
-    if not may_load():
-        reason = "a user namespace gives no right to load programs: root has it"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-
-
-@pytest.fixture
-def config(test_cgroup, bpffs):
-    return Config(userspace=Userspace(cgroup=str(test_cgroup)))
 
 
 class Backend:

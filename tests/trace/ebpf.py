@@ -1,15 +1,17 @@
-"""Runs eBPF programs of the socket lookup as the kernel would, on maps that are dictionaries."""
+"""Runs eBPF programs as the kernel would, on maps that are dictionaries."""
 
 import operator
 
 from pyproxy.rules.capture import NUMBER
 from pyproxy.rules.ebpf import (
     ALU64,
+    ATOMIC,
     CALL,
     CONDITIONS,
     EXIT,
     FROM_REGISTER,
     JUMP,
+    JUMP32,
     LOAD,
     LOAD_WIDE,
     OPERATORS,
@@ -22,6 +24,7 @@ MASK = (1 << 64) - 1
 LOADS, STORES, VALUES = (
     {kind | bits: size for size, bits in SIZES.items()} for kind in (LOAD, STORE, STORE_VALUE)
 )
+ADDITIONS = {ATOMIC | bits: size for size, bits in SIZES.items()}
 STACK = 512
 FUNCTIONS = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv,
@@ -86,7 +89,8 @@ class Trie(Hash):
 
 def run(code, context, maps, helpers):  # noqa: C901 - one branch for each kind of instruction
     """Return the program's result; ``helpers`` have numbers, and get the five arguments."""
-    registers = [None, Pointer(context), *[None] * 8, Pointer(bytearray(STACK), STACK)]
+    start = context if isinstance(context, Pointer) else Pointer(context)
+    registers = [None, start, *[None] * 8, Pointer(bytearray(STACK), STACK)]
     at = 0
     while True:
         operation, pair, offset, value = (
@@ -110,10 +114,17 @@ def run(code, context, maps, helpers):  # noqa: C901 - one branch for each kind 
             registers[to] = registers[source].read(offset, LOADS[operation])
         elif operation in STORES:
             registers[to].write(offset, STORES[operation], registers[source])
+        elif operation in ADDITIONS:
+            before = registers[to].read(offset, ADDITIONS[operation])
+            registers[to].write(offset, ADDITIONS[operation], before + registers[source])
+            registers[source] = before
         elif operation in VALUES:
             registers[to].write(offset, VALUES[operation], value)
         elif operation & 7 == ALU64:
             registers[to] = computed(operation & 0xF0, registers[to], operand)
+        elif operation & 7 == JUMP32:
+            words = registers[to] & 0xFFFFFFFF, operand & 0xFFFFFFFF
+            at += 8 * offset * taken(operation & 0xF0, *words)
         else:
             assert operation & 7 == JUMP, f"unknown operation {operation:#x}"
             at += 8 * offset * taken(operation & 0xF0, registers[to], operand)
