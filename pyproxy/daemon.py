@@ -50,6 +50,7 @@ class Daemon:
             families=tuple(self._family(lane) for lane in self._lanes),
             allow_external_ips=gate(self._config, "AllowServiceExternalIPs"),
             cloud=self._config.cloud_annotations,
+            balances_sockets=self._config.userspace.socket_lb != "off",
         )
 
     def live(self) -> Mapping[str, LiveQuestion]:

@@ -196,6 +196,8 @@ def case_of(
     masquerade = why_masquerade(subject, route.kind, origin)
     if view.mode == "userspace":
         masquerade = "mode userspace makes a connection of its own"
+        if view.balances_sockets and origin != "outside":
+            masquerade += ", unless the socket was balanced when it connected"
     return Case(
         origins,
         "forward",

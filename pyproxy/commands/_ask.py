@@ -96,7 +96,7 @@ class Files:
         if question not in QUESTIONS:
             raise CommandError(f"{question}: only a running pyproxy knows; leave out -f")
         try:
-            answer = QUESTIONS[question].answer(self.view, query)
+            answer = QUESTIONS[question](self.view, query)
         except (QueryError, NotThereError) as error:
             raise CommandError(str(error)) from error
         assert isinstance(answer, kind), "the table of questions says so"

@@ -31,7 +31,13 @@ THERE_TOO = Endpoint(address(8), node="node-c")
 
 
 def view(
-    *objects, mode="nftables", node_port_ips=(NODE_IP,), allow_external_ips=True, cloud="", **site
+    *objects,
+    mode="nftables",
+    node_port_ips=(NODE_IP,),
+    allow_external_ips=True,
+    cloud="",
+    balances_sockets=False,
+    **site,
 ):
     cache = Cache(4, allow_external_ips=allow_external_ips, cloud=cloud)
     planner = Planner()
@@ -46,7 +52,7 @@ def view(
     )
     ips = frozenset(node_port_ips)
     family = FamilyView(4, cache, planner.plan, where, around, ips)
-    return View("node-a", mode, (family,), allow_external_ips, cloud)
+    return View("node-a", mode, (family,), allow_external_ips, cloud, balances_sockets)
 
 
 def web(*endpoints, **fields):
@@ -204,10 +210,14 @@ def test_masquerading_has_a_reason(fields, kind, expected):
 
 
 def test_in_mode_userspace_backends_never_see_the_client():
+    own = "mode userspace makes a connection of its own"
     found = cases(web(here(1)), mode="userspace")
-    assert {case.masquerade_reason for case in found.values()} == {
-        "mode userspace makes a connection of its own"
-    }
+    assert {case.masquerade_reason for case in found.values()} == {own}
+    found = cases(web(here(1)), mode="userspace", balances_sockets=True)
+    balanced = f"{own}, unless the socket was balanced when it connected"
+    assert {o: c.masquerade_reason for o, c in found.items()} == {
+        "pod": balanced, "node": balanced, "outside": own,
+    }  # fmt: skip
 
 
 # --- one connection -------------------------------------------------------------------------------
