@@ -23,7 +23,8 @@ from bench._lab import isolate, make_network
 from pyproxy.model import Address, Endpoint, ServicePort, ServicePortName
 from pyproxy.plan import Plan, PortPlan, Site, plan_port
 from pyproxy.process import SystemClock
-from pyproxy.proxier._iptables import FLAVOURS, Flavour, Iptables, programs_of
+from pyproxy.proxier._flavour import FLAVOURS, programs_of, tables_with
+from pyproxy.proxier._iptables import LOCK_SECONDS, Flavour, Iptables, run
 from pyproxy.proxier._iptarget import IpTarget, remove
 from pyproxy.reconcile import Reconciler
 from pyproxy.rules.iptables import Ruleset, compile_owner, hashed
@@ -65,7 +66,7 @@ def main() -> None:
 async def measured(cases: list[Case]) -> dict[str, dict[str, object]]:
     results: dict[str, dict[str, object]] = {}
     for case in cases:
-        tables = Iptables(programs_of(4)[case.flavour])
+        tables = tables_with(programs_of(4)[case.flavour])
         cluster = Cluster(case.services, case.endpoints)
         ips = [cluster.cluster_ip(number) for number in range(case.services)]
         ours = await with_pyproxy(tables, cluster, ips)
@@ -128,7 +129,7 @@ async def in_shape_of_kube_proxy(tables: Iptables, cluster: Cluster, ips: list[s
     everything = list(range(cluster.services))
     lines = table(cluster, everything, hook=True)
     started_at = perf_counter()
-    await tables.restore(lines)
+    await restored(tables, lines)
     full = perf_counter() - started_at
     changes = []
     for _ in range(CHANGES if full < 20 else 1):
@@ -136,9 +137,16 @@ async def in_shape_of_kube_proxy(tables: Iptables, cluster: Cluster, ips: list[s
         cluster.change()
         lines = table(cluster, [number], hook=False)
         started_at = perf_counter()
-        await tables.restore(lines)
+        await restored(tables, lines)
         changes.append(perf_counter() - started_at)
     return Figures(full, median(changes), first_packet_us(ips))
+
+
+async def restored(tables: Iptables, lines: list[str]) -> None:
+    """Restore as kube-proxy does: it starts the program each time."""
+    name = tables.programs.restore
+    answer = await run([name, "--noflush", "-w", LOCK_SECONDS], "\n".join([*lines, ""]))
+    assert answer.code == 0, answer.error
 
 
 def table(cluster: Cluster, rewritten: list[int], *, hook: bool) -> list[str]:

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from pyproxy import __version__
 from pyproxy.model import PROTOS, Family, Kind, Proto
-from pyproxy.report import SyncReport
+from pyproxy.report import RestoreReport, SyncReport
 
 Result = Literal["forwarded", "dial_failed", "no_endpoint"]
 Probe = Literal["healthz", "livez"]
@@ -44,8 +44,10 @@ REQUEST_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0,
 
 FAMILY = ("ip_family",)
 TABLE = ("table", "ip_family")
+CHAIN = ("chain", "table", "ip_family")
 POLICY = ("traffic_policy", "ip_family")
 STATE = ("ip_family", "state")
+KIND = ("kind", "ip_family")
 BUILD = (
     *("major", "minor", "git_version", "git_commit", "git_tree_state"),
     *("build_date", "go_version", "compiler", "platform"),
@@ -73,6 +75,8 @@ INVALID = "kubeproxy_iptables_ct_state_invalid_dropped_packets_total"
 LOCALHOST = "kubeproxy_iptables_localhost_nodeports_accepted_packets_total"
 
 STALE = "pyproxy_state_stale"
+APPLIED = "pyproxy_applied_resource_version"
+
 IPTABLES = ("iptables",)
 NFTABLES = ("nftables",)
 
@@ -100,10 +104,12 @@ GAUGES = (
     Row(f"{SYNC}_no_local_endpoints_total", "Policy Local, endpoints only elsewhere", POLICY),
     Row(f"{SYNC}_iptables_total", "Rules owned", TABLE, IPTABLES),
     Row(f"{SYNC}_iptables_last", "Rules written in the last sync", TABLE, IPTABLES),
+    Row("pyproxy_iptables_packets", "Packets that entered a chain", CHAIN, IPTABLES),
     Row("kubernetes_feature_enabled", "Feature gates", ("name", "stage")),
     Row("kubernetes_build_info", "What is running; the value is always 1", BUILD),
     Row("pyproxy_asyncio_tasks", "Tasks of the event loop"),
     Row("pyproxy_conflicts", "Frontends that a second Service asked for", FAMILY),
+    Row(APPLIED, "All objects of a kind are written up to this resourceVersion", KIND),
     Row(STALE, "Whether objects of a kind are known from the state on disk only", ("kind",)),
     Row("pyproxy_frontends", "Frontends that can be served, or not", STATE, ("userspace",)),
 )
@@ -143,6 +149,7 @@ class Metrics:
         if mode == "userspace":
             self._registry.register(self._connections)
         self._slis = _Slis()
+        self._read_elsewhere: set[str] = set()
 
     def observe_sync(self, report: SyncReport) -> None:
         family = f"IPv{report.family}"
@@ -183,6 +190,21 @@ class Metrics:
         self.observe(f"{CONNTRACK}_sync_duration_seconds", seconds, name)
         self.count(f"{CONNTRACK}_deleted_entries_total", name, by=deleted_count)
 
+    def restored(self, report: RestoreReport) -> None:
+        """Rules of iptables were written, or that failed."""
+        family = f"IPv{report.family}"
+        for table, count in report.owned.items():
+            self.put(f"{SYNC}_iptables_total", count, table, family)
+            self.put(f"{SYNC}_iptables_last", report.written.get(table, 0), table, family)
+        if report.failed:
+            self.count(f"{SYNC}_iptables_restore_failures_total", family)
+            if not report.full:
+                self.count(f"{SYNC}_iptables_partial_restore_failures_total", family)
+
+    def passed(self, family: Family, table: str, packets: Mapping[str, int]) -> None:
+        for chain, count in packets.items():
+            self.put("pyproxy_iptables_packets", count, chain, table, f"IPv{family}")
+
     def connection(self, proto: Proto, result: Result) -> None:
         """A connection arrived; a forwarded one is active until ``connection_ended``."""
         self._connections.arrived[proto, result] += 1
@@ -207,10 +229,19 @@ class Metrics:
         """Read the number of the event loop's tasks here, at each scrape."""
         self._gauges["pyproxy_asyncio_tasks"].set_function(task_count)
 
+    def applied(self, kind: str, family: Family, read: Callable[[], float]) -> None:
+        """Read at each scrape up to which version the objects of a kind are written."""
+        self._gauges[APPLIED].labels(kind, f"IPv{family}").set_function(read)
+
     def count_elsewhere(self, name: str, read: Callable[[], int | None]) -> None:
-        """Export a row of ``READINGS``, read at each scrape; None leaves it out."""
+        """Export a row of ``READINGS``, read at each scrape; None leaves it out.
+
+        The first reader of a row stays: what both families count is one counter.
+        """
         row = next(row for row in READINGS if row.name == name and self._has(row))
-        self._registry.register(_Reading(row, read))
+        if name not in self._read_elsewhere:
+            self._read_elsewhere.add(name)
+            self._registry.register(_Reading(row, read))
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         counter = self._counters[name]

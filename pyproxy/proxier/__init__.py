@@ -6,7 +6,7 @@ A mode that is not chosen is never imported. Files that begin with ``_`` are sha
 import asyncio
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from pyproxy.config import Config
 from pyproxy.host import Host
 from pyproxy.model import Family, Node, Proto
 from pyproxy.reconcile import Clock, Proxier
+from pyproxy.report import RestoreReport
 
 PREFERENCE = ("nftables", "iptables", "ipvs", "userspace")  # for ``auto``, best first
 
@@ -35,6 +36,10 @@ class Env:
     cleaned: Callable[[float, int], None] = lambda seconds, flows: None  # of conntrack
     # Others changed so much of a table: the count, and who it may have been.
     drifted: Callable[[str, int, str], None] = lambda table, count, who: None
+    restored: Callable[[RestoreReport], None] = lambda report: None
+    # A metric that the kernel counts, and how to read it; and packets by chain of a table.
+    counted: Callable[[str, Callable[[], int | None]], None] = lambda metric, read: None
+    passed: Callable[[str, Mapping[str, int]], None] = lambda table, packets: None
 
 
 class Mode(Protocol):
@@ -42,6 +47,10 @@ class Mode(Protocol):
 
     def unsupported(self) -> str | None:
         """Say why this node cannot run the mode; None if it can."""
+        ...
+
+    def settled(self, config: Config) -> Config:
+        """Return the settings with what ``auto`` means on this node. Raises ``LookupError``."""
         ...
 
     def prepare(self, config: Config) -> tuple[str, ...]:
@@ -52,7 +61,7 @@ class Mode(Protocol):
         """Return the proxier of one family. It opens nothing: the first sync does."""
         ...
 
-    async def cleanup(self, family: Family, *, ours: bool = True) -> str | None:
+    async def cleanup(self, family: Family, config: Config, /, *, ours: bool = True) -> str | None:
         """Remove every trace of the mode and of its like in kube-proxy; return what went wrong.
 
         Without ``ours``, remove only what kube-proxy alone can have left.

@@ -1,7 +1,8 @@
-"""The programs of iptables, in the flavour that this host uses.
+"""The tables of one family and flavour, as they are written and as they are looked at.
 
-There are two, which fill different tables of the kernel: ``legacy`` and ``nft``. Rules in the
-one that nobody else uses would be traversed beside the others, in an order that nobody expects.
+Rules are written and read by the programs, all at once. What is asked of single chains, and the
+few changes that all others hang on, have an interface of their own: in flavour legacy a library
+does them without a program.
 """
 
 import asyncio
@@ -9,26 +10,30 @@ import contextlib
 import logging
 import os
 import re
-import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Literal, NamedTuple, TypeVar
 
-from pyproxy.model import FAMILIES, Family
+from pyproxy.model import Family
+from pyproxy.proxier import _iptc
+from pyproxy.proxier._restorer import Failure, Restorer
 from pyproxy.rules.iptables_base import CANARY
+from pyproxy.rules.iptables_text import parsed, target_of
 
 Flavour = Literal["nft", "legacy"]
-FLAVOURS: tuple[Flavour, ...] = ("nft", "legacy")
-PROGRAMS: Mapping[Family, str] = {4: "iptables", 6: "ip6tables"}
-HINTS = (":KUBE-IPTABLES-HINT ", ":KUBE-KUBELET-CANARY ")  # kubelet leaves these in table mangle
 LOCK_SECONDS = "5"
 TIMEOUT_SECONDS = 300.0
-RANDOM_FULLY = (1, 6, 2)
+FEW_LINES = 2000  # to carry out: more take longer than to start the program
 ABSENT = 1  # exit code: there is no such chain
 
 LINE_NUMBER = re.compile(r"line:? (\d+)")
-VERSION = re.compile(r"v(\d+)\.(\d+)\.(\d+)(?: \((\w+)\))?")
+PACKETS = re.compile(r" -c (\d+) \d+ ")
+OWN_CHAINS: Mapping[str, tuple[str, ...]] = {  # the kernel's, that we have jumps in
+    "filter": ("INPUT", "FORWARD", "OUTPUT"),
+    "nat": ("PREROUTING", "OUTPUT", "POSTROUTING"),
+}
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,7 @@ class IptablesError(Exception):
 class Programs(NamedTuple):
     """The programs of one family and flavour."""
 
+    family: Family
     flavour: Flavour
     plain: str
     save: str
@@ -58,10 +64,15 @@ class Answer(NamedTuple):
 
 
 class Iptables:
-    """The tables of one family, through its programs."""
+    """The tables of one family and flavour, through its programs."""
 
     def __init__(self, programs: Programs) -> None:
         self.programs = programs
+        self._restorer = Restorer(self._restoring)
+
+    async def aclose(self) -> None:
+        """Let go of what stays between changes."""
+        await self._restorer.aclose()
 
     async def save(self) -> str:
         """Return all that is there. Raises ``IptablesError``."""
@@ -72,13 +83,66 @@ class Iptables:
 
     async def restore(self, lines: Sequence[str]) -> None:
         """Carry out lines of input: all of a table, or nothing of it. Raises ``IptablesError``."""
-        text = "\n".join(lines) + "\n"
-        argv = [self.programs.restore, "--noflush", "-w", LOCK_SECONDS]
-        answer = await run(argv, text)
+        failure = await (self._restored(lines) if self._may_stay(lines) else self._once(lines))
+        if failure is not None:
+            found = LINE_NUMBER.search(failure.error)
+            line = int(found[1]) - 1 - failure.line if found else None
+            raise IptablesError(self.programs.restore, first_line(failure.error), line)
+
+    @property
+    def _restoring(self) -> list[str]:
+        return [self.programs.restore, "--noflush", "-w", LOCK_SECONDS]
+
+    def _may_stay(self, lines: Sequence[str]) -> bool:
+        """Say whether the program is worth to be kept.
+
+        Flavour legacy holds a copy of the table, which it would keep.
+        """
+        return self.programs.flavour == "nft" and len(lines) <= FEW_LINES
+
+    async def _restored(self, lines: Sequence[str]) -> Failure | None:
+        name = self.programs.restore
+        try:
+            if await self._restorer.is_there():
+                return await self._restorer.carry_out(lines, TIMEOUT_SECONDS)
+        except TimeoutError as error:
+            raise IptablesError(name, f"no end after {TIMEOUT_SECONDS:.0f} s") from error
+        except OSError as error:
+            raise IptablesError(name, error.strerror or str(error)) from error
+        return await self._once(lines)
+
+    async def _once(self, lines: Sequence[str]) -> Failure | None:
+        answer = await run(self._restoring, "\n".join(lines) + "\n")
+        return Failure(answer.code, answer.error, 0) if answer.code else None
+
+    async def arrange(self, lines: Sequence[str]) -> None:
+        """Carry out the few lines that all others hang on. Raises ``IptablesError``."""
+        await self.restore(lines)
+
+    async def chains(self, table: str) -> Mapping[str, int]:
+        """Return how many rules each chain of a table has. Raises ``IptablesError``."""
+        if self.programs.flavour == "legacy" and table not in _iptc.existing(self.programs.family):
+            return {}
+        answer = await run([self.programs.save, "-t", table])
         if answer.code:
-            found = LINE_NUMBER.search(answer.error)
-            line = int(found[1]) - 1 if found else None
-            raise IptablesError(self.programs.restore, first_line(answer.error), line)
+            raise IptablesError(self.programs.save, first_line(answer.error))
+        return {chain: len(rules) for (_, chain), rules in parsed(answer.output).items()}
+
+    async def packets(self, table: str) -> Mapping[str, int]:
+        """Return how many packets the kernel's own chains have sent to each other chain.
+
+        Raises ``IptablesError``.
+        """
+        counts: Counter[str] = Counter()
+        for chain in OWN_CHAINS[table]:
+            argv = [self.programs.plain, "-w", LOCK_SECONDS, "-t", table, "-v", "-S", chain]
+            answer = await run(argv)
+            if answer.code:
+                raise IptablesError(self.programs.plain, first_line(answer.error))
+            for line in answer.output.splitlines():
+                if found := PACKETS.search(line):
+                    counts[target_of(line)] += int(found[1])
+        return counts
 
     async def has_canary(self) -> bool:
         """Say whether nobody has removed our chains. It counts as there if that cannot be told."""
@@ -87,6 +151,47 @@ class Iptables:
             return (await run(argv)).code != ABSENT
         except IptablesError:
             return True
+
+
+class LegacyIptables(Iptables):
+    """Those of flavour legacy, where a library can look and make small changes in this process.
+
+    Until it is loaded, and where it fails, the programs do it.
+    """
+
+    async def arrange(self, lines: Sequence[str]) -> None:
+        by_program, family = super().arrange, self.programs.family
+        start = 0
+        for end in (number for number, line in enumerate(lines, 1) if line == "COMMIT"):
+            table, start = lines[start:end], end
+            await self._by_library(
+                partial(_iptc.carry_out, family, table), partial(by_program, table)
+            )
+
+    async def chains(self, table: str) -> Mapping[str, int]:
+        ask = partial(_iptc.chains, self.programs.family, table)
+        return await self._by_library(ask, partial(super().chains, table))
+
+    async def packets(self, table: str) -> Mapping[str, int]:
+        ask = partial(_iptc.packets, self.programs.family, table)
+        return await self._by_library(ask, partial(super().packets, table))
+
+    async def has_canary(self) -> bool:
+        if _iptc.library() is None:
+            return await super().has_canary()
+        try:
+            return CANARY in await self.chains("mangle")
+        except IptablesError:
+            return True
+
+    async def _by_library(self, ask: Callable[[], T], otherwise: Callable[[], Awaitable[T]]) -> T:
+        if _iptc.library() is None:
+            return await otherwise()
+        try:
+            return await asyncio.to_thread(ask)
+        except _iptc.LibraryError as error:
+            log.warning("libiptc failed, a program does it", extra={"error": str(error)})
+            return await otherwise()
 
 
 async def run(argv: Sequence[str], text: str = "") -> Answer:
@@ -120,81 +225,3 @@ def first_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     useful = [line for line in lines if not line.startswith(("#", "Try ", "Error occurred"))]
     return " ".join(useful[:2]) or "it failed and did not say why"
-
-
-# --- flavours -------------------------------------------------------------------------------------
-
-
-@lru_cache
-def programs_of(family: Family) -> dict[Flavour, Programs]:
-    """Return the programs there are in PATH, by flavour."""
-    name = PROGRAMS[family]
-    found: dict[Flavour, Programs] = {}
-    version, plain_flavour = version_of(name)
-    for flavour in FLAVOURS:
-        own = f"{name}-{flavour}"
-        if plain_flavour == flavour and complete(name):
-            found[flavour] = programs(flavour, name, version)
-        elif complete(own):
-            found[flavour] = programs(flavour, own, version_of(own)[0])
-    return found
-
-
-def programs(flavour: Flavour, name: str, version: tuple[int, ...]) -> Programs:
-    return Programs(flavour, name, f"{name}-save", f"{name}-restore", version >= RANDOM_FULLY)
-
-
-def complete(name: str) -> bool:
-    return all(shutil.which(f"{name}{word}") for word in ("", "-save", "-restore"))
-
-
-@lru_cache
-def version_of(name: str) -> tuple[tuple[int, ...], Flavour | None]:
-    """Return a program's version and flavour; before there were two, it was legacy."""
-    code, text = answer_of(name, "--version")
-    found = VERSION.search(text)
-    if code or found is None:
-        return (), None
-    numbers = tuple(int(number) for number in found.groups()[:3])
-    return numbers, "nft" if found[4] == "nf_tables" else "legacy"
-
-
-def answer_of(*argv: str) -> tuple[int, str]:
-    """Run a program that answers at once, before anything else runs."""
-    try:
-        child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except OSError as error:
-        return -1, error.strerror or str(error)
-    output, _ = child.communicate()
-    return child.returncode, output
-
-
-@lru_cache
-def chosen_flavour() -> Flavour | None:
-    """Return the flavour that this host uses; None without programs.
-
-    That is kubelet's where it left a hint, or else the one with more rules, or else that of the
-    ``iptables`` in PATH.
-    """
-    available: dict[Flavour, list[Programs]] = {}
-    for family in FAMILIES:
-        for flavour, found in programs_of(family).items():
-            available.setdefault(flavour, []).append(found)
-    saved = {
-        flavour: "".join(answer_of(found.save)[1] for found in programs)
-        for flavour, programs in available.items()
-    }
-    plain = next((f for n in PROGRAMS.values() if (f := version_of(n)[1]) is not None), None)
-    return preferred(saved, plain)
-
-
-def preferred(saved: Mapping[Flavour, str], plain: Flavour | None) -> Flavour | None:
-    """Choose a flavour by what ``iptables-save`` of each prints."""
-    counts = {flavour: text.count("\n-A ") for flavour, text in saved.items()}
-    if len(saved) > 1 and all(counts.values()):
-        rules = ", ".join(f"{count} {flavour}" for flavour, count in sorted(counts.items()))
-        log.warning("this host has iptables rules of both flavours", extra={"rules": rules})
-    hinted = [f for f, text in saved.items() if any(hint in text for hint in HINTS)]
-    if len(hinted) == 1:
-        return hinted[0]
-    return max(saved, key=lambda f: (counts[f], f == plain), default=None)

@@ -5,7 +5,8 @@ one go. A rule that is refused is left out, with whatever leads to it, and the r
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from pyproxy.delta import Delta
 from pyproxy.model import Family, ServicePortName
 from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
 from pyproxy.proxier._iptables import Iptables, IptablesError
-from pyproxy.reconcile import ApplyError
+from pyproxy.reconcile import ApplyError, Difference
+from pyproxy.report import RestoreReport
 from pyproxy.rules.iptables import (
     CLUSTER_IPS,
     HAIRPIN,
@@ -50,14 +52,17 @@ class IpTarget:
         tables: Iptables,
         ruleset: Callable[[], Ruleset],
         on_drift: Callable[[int], None] = lambda count: None,
+        on_restore: Callable[[RestoreReport], None] = lambda report: None,
     ) -> None:
         """``ruleset`` returns what the fixed part shall be at that moment.
 
-        ``on_drift`` hears how many chains somebody else has changed, when that is found out.
+        ``on_drift`` hears how many chains somebody else has changed, when that is found out;
+        ``on_restore`` of every sync, whether it wrote anything or not.
         """
         self._tables = tables
         self._ruleset = ruleset
         self._on_drift = on_drift
+        self._on_restore = on_restore
         self._family: Family = ruleset().family
         self._layout = Layout(ruleset())
         self._held: dict[Place, tuple[str, ...]] = {}
@@ -65,6 +70,10 @@ class IpTarget:
         self._missing: list[str] = []  # lines that add what every sync relies on
         self._due: dict[Place, tuple[str, ...] | None] = {}  # chains that may have to be sent
         self._sure = False  # that ``_held`` is what we left
+        self._full = False  # the next ``apply`` follows a look at everything
+        self._owned: Counter[str] = Counter()  # rules of ``_held``, by table
+        self._written: Counter[str] = Counter()  # in this sync
+        self._failed = False
         self.established = asyncio.Event()  # the rules are there
         self.ruleset: Ruleset | None = None  # what the fixed part was last made from
 
@@ -80,6 +89,10 @@ class IpTarget:
         ruleset = self.ruleset = self._ruleset()
         self._layout = Layout(ruleset)
         items, self._held = read(there, self._layout.fixed)
+        self._owned = Counter({place[0]: 0 for place in self._layout.fixed})
+        for (table, _chain), rules in self._held.items():
+            self._owned[table] += len(rules)
+        self._full = True
         for item, content in items.items():
             self._layout.put(item, content)
         self._due = {}
@@ -90,7 +103,8 @@ class IpTarget:
 
     async def apply(self, delta: Delta[Item, Content]) -> Mapping[Item, str]:
         """Carry out the change; return the items that were refused, and why."""
-        self._sure = False
+        self._sure = self._failed = False
+        self._written.clear()
         for item in delta.removed:
             self._remove(item)
         for item, content in delta.added.items():
@@ -104,9 +118,21 @@ class IpTarget:
             await asyncio.to_thread(self._remove_members)
         except (IptablesError, OSError) as error:
             raise ApplyError(str(error)) from error
+        finally:
+            self._tell()
         self._sure = True
         self.established.set()
         return refused
+
+    async def compare(self, wanted: Mapping[Item, Content]) -> tuple[Difference, ...]:
+        """List the tables and sets anew. Raises ``ApplyError``."""
+        try:
+            there = parsed(await self._tables.save())
+            members = await asyncio.to_thread(held_members, self._family)
+        except (IptablesError, OSError) as error:
+            raise ApplyError(str(error)) from error
+        held = read(there, self._layout.fixed).items | members
+        return tuple(differing(wanted, held))
 
     async def clear(self) -> None:
         """Remove every rule and set of ours. Raises ``ApplyError``."""
@@ -120,6 +146,13 @@ class IpTarget:
 
     async def aclose(self) -> None:
         """Leave the rules as they are: they carry the traffic."""
+        await self._tables.aclose()
+
+    def _tell(self) -> None:
+        full, self._full = self._full, False
+        owned = {table: count for table, count in self._owned.items() if table != "mangle"}
+        written = dict(self._written)
+        self._on_restore(RestoreReport(self._family, full, self._failed, owned, written))
 
     # --- items --------------------------------------------------------------------------------
 
@@ -174,8 +207,9 @@ class IpTarget:
     async def _write(self, suspects: AbstractSet[Item]) -> dict[Item, str]:
         """Send the chains that differ; return what was left out. Raises ``IptablesError``."""
         if self._missing:
-            await self._tables.restore(self._missing)
-            self._missing = []
+            self._failed = True  # unless it returns
+            await self._tables.arrange(self._missing)
+            self._missing, self._failed = [], False
         self._due |= self._layout.take()
         refused: dict[Item, str] = {}
         for _attempt in range(ATTEMPTS):
@@ -201,8 +235,11 @@ class IpTarget:
             if lines:
                 await self._tables.restore([line.text for line in lines])
         except IptablesError as error:
+            self._failed = True
             return error, lines
+        self._written.update(line.place[0] for line in lines if line.place and line.rule)
         for place, rules in due.items():
+            self._owned[place[0]] += len(rules or ()) - len(held.get(place, ()))
             if rules is None:
                 held.pop(place, None)
             else:
@@ -256,6 +293,30 @@ class IpTarget:
         return await self._send()
 
 
+def held_members(family: Family) -> dict[Item, Content]:
+    """Return the members of our sets. Raises ``OSError``."""
+    with closing(IpSets(family)) as sets:
+        return {
+            Item(SETS, name, member): MEMBER
+            for name in KINDS
+            for member in sets.members(set_name(name, family)) or ()
+        }
+
+
+def differing(wanted: Mapping[Item, Content], held: Mapping[Item, Content]) -> Iterator[Difference]:
+    for item, content in wanted.items():
+        there = held.get(item._replace(owner=None))
+        if there != content:
+            entry = f"{item.table} {item.chain} {item.match}".rstrip()
+            yield Difference(entry, worded(content), worded(there) if there is not None else None)
+
+
+def worded(content: Content) -> str:
+    if content == MEMBER:
+        return "a member"
+    return content if isinstance(content, str) else "; ".join(content)
+
+
 async def remove(tables: Sequence[Iptables], family: Family) -> None:
     """Remove our chains, kube-proxy's and our sets, whoever left them.
 
@@ -267,9 +328,15 @@ async def remove(tables: Sequence[Iptables], family: Family) -> None:
 
 
 async def remove_chains(tables: Iptables) -> None:
+    """Remove our chains. Nothing holds on to a set afterwards: with nf_tables, the end of the
+    program waits until the kernel has let go of what its rules matched.
+    """
     lines = cleared(parsed(await tables.save()))
-    if lines:
-        await tables.restore(lines)
+    try:
+        if lines:
+            await tables.arrange(lines)
+    finally:
+        await tables.aclose()
 
 
 def destroy_sets(family: Family) -> None:

@@ -8,21 +8,19 @@ from pathlib import Path
 
 from pyproxy.config import PRIMARY, Config, local_cidr, masquerade_all, node_port_cidrs
 from pyproxy.host import LOOPBACK
+from pyproxy.metrics import INVALID, LOCALHOST
 from pyproxy.model import Family, Network
-from pyproxy.proxier import Env
+from pyproxy.proxier import Env, _iptc, _nfacct
+from pyproxy.proxier._flavour import answer_of, chosen_flavour, programs_of, tables_with
 from pyproxy.proxier._ipset import IpSets
-from pyproxy.proxier._iptables import (
-    Iptables,
-    IptablesError,
-    answer_of,
-    chosen_flavour,
-    programs_of,
-)
+from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.proxier._iptarget import IpTarget, remove, remove_chains
 from pyproxy.proxier._sysctls import apply
 from pyproxy.proxier._tracked import Tracked, set_limits
 from pyproxy.reconcile import Proxier, Reconciler
 from pyproxy.rules.iptables import Ruleset, compile_owner
+from pyproxy.rules.iptables_base import INVALID_DROPPED, LOCALHOST_ACCEPTED, TABLES
+from pyproxy.rules.iptables_text import is_ours
 
 ROUTE_LOCALNET = "net/ipv4/conf/all/route_localnet"
 BE_LIBERAL = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
@@ -48,6 +46,10 @@ def unsupported() -> str | None:
     return None
 
 
+def settled(config: Config) -> Config:
+    return config
+
+
 def prepare(config: Config) -> tuple[str, ...]:
     unset = set_limits(config)
     primary_only = config.node_port_addresses == (PRIMARY,)
@@ -58,7 +60,9 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 def build(env: Env) -> Proxier:
     tables = tables_of(env.family)
-    target = IpTarget(tables, partial(ruleset_for, env), partial(tell_drift, env))
+    target = IpTarget(tables, partial(ruleset_for, env), partial(tell_drift, env), env.restored)
+    env.counted(INVALID, partial(_nfacct.packets, INVALID_DROPPED))
+    env.counted(LOCALHOST, partial(_nfacct.packets, LOCALHOST_ACCEPTED))
     env.host.on_change(partial(compare, target, env))
     env.tasks.create_task(watch(tables, target, env), name=f"watch IPv{env.family}")
     compiled = partial(compile_owner, ruleset_for(env))  # owners look at its lasting part only
@@ -78,16 +82,17 @@ def tell_drift(env: Env, count: int) -> None:
     env.drifted("nat", count, "somebody")  # iptables does not tell who
 
 
-async def cleanup(family: Family, *, ours: bool = True) -> str | None:
+async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
     """Remove our rules and kube-proxy's, of whichever flavour they are.
 
     Both use the same chains, so that what kube-proxy left is gone with our first sync.
     """
     if not ours:
         return None
-    tables = [Iptables(programs) for programs in programs_of(family).values()]
+    tables = [tables_with(programs) for programs in programs_of(family).values()]
     try:
         await remove(tables, family)
+        _nfacct.remove()
     except (IptablesError, OSError) as error:
         return str(error)
     return None
@@ -96,7 +101,7 @@ async def cleanup(family: Family, *, ours: bool = True) -> str | None:
 def tables_of(family: Family) -> Iptables:
     flavour = chosen_flavour()
     assert flavour is not None, "unsupported() has said so"
-    return Iptables(programs_of(family)[flavour])
+    return tables_with(programs_of(family)[flavour])
 
 
 def ruleset_for(env: Env) -> Ruleset:
@@ -115,6 +120,7 @@ def ruleset_for(env: Env) -> Ruleset:
         localhost_node_ports=localhost,
         drop_invalid=not is_liberal(),
         random_fully=programs is None or programs.random_fully,
+        counted=_nfacct.ensured(),
     )
 
 
@@ -158,13 +164,38 @@ async def watch(tables: Iptables, target: IpTarget, env: Env) -> None:
     A chain that only a flush of all rules removes tells of one.
     """
     await target.established.wait()
+    if tables.programs.flavour == "legacy":
+        await asyncio.to_thread(_iptc.load)
     for flavour, programs in programs_of(env.family).items():
         if flavour != tables.programs.flavour:
-            try:
-                await remove_chains(Iptables(programs))
-            except IptablesError as error:
-                log.warning("rules of the other flavour stay", extra={"error": str(error)})
+            await remove_leftovers(tables_with(programs))
     while True:
         await asyncio.sleep(env.config.iptables.sync_period_seconds)
         if not await tables.has_canary():
             env.resync()
+        await tell_packets(tables, env)
+
+
+async def tell_packets(tables: Iptables, env: Env) -> None:
+    """Tell how many packets have come to our chains, for the metrics.
+
+    Table nat may be large, and flavour legacy reads the whole of a table for a part of it.
+    """
+    try:
+        found = await tables.packets("filter")
+    except IptablesError as error:
+        log.debug("packets cannot be counted", extra={"error": str(error)})
+        return
+    env.passed("filter", {chain: count for chain, count in found.items() if is_ours(chain)})
+
+
+async def remove_leftovers(tables: Iptables) -> None:
+    """Remove what an earlier process left in the other flavour, where packets would meet it."""
+    try:
+        found = [chain for table in TABLES for chain in await tables.chains(table)]
+        if ours := [chain for chain in found if is_ours(chain)]:
+            await remove_chains(tables)
+            fields = {"flavour": tables.programs.flavour, "chains": len(ours)}
+            log.warning("rules of the other flavour were removed", extra=fields)
+    except IptablesError as error:
+        log.warning("rules of the other flavour stay", extra={"error": str(error)})

@@ -29,7 +29,9 @@ from pyproxy.model import (
     Reject,
     Route,
     ServicePortName,
+    family_of,
 )
+from pyproxy.rules.iptables_source import SPAN, source_below
 
 SERVICES = "KUBE-SERVICES"
 EXTERNAL = "KUBE-EXTERNAL-SERVICES"
@@ -77,6 +79,7 @@ class Ruleset(Struct, frozen=True):
     localhost_node_ports: bool = False
     drop_invalid: bool = True
     random_fully: bool = True
+    counted: bool = False  # by objects of nfacct, which have to be there
 
 
 class Pools(NamedTuple):
@@ -196,7 +199,7 @@ def pool_chains(owner: ServicePortName, pool: Pool, chain: str) -> Items:
         dnat = f"-p {proto} -m recent --set {recent} -j DNAT --to-destination {address}"
         items[Item("nat", name)] = (dnat,)
     prefix = f"-p {proto} " if pool.affinity_seconds is None else ""
-    for match, address in picks(pool, comment(str(owner))):
+    for match, address in picks(pool, owner):
         lines.append(f"{prefix}{match}{targets[address]}")
     items[Item("nat", chain)] = tuple(lines)
     return items
@@ -206,24 +209,46 @@ def mask_of(ip: str) -> str:
     return "255.255.255.255" if ":" not in ip else "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
 
 
-def picks(pool: Pool, last: str) -> Iterator[tuple[str, Address]]:
+def picks(pool: Pool, owner: ServicePortName) -> Iterator[tuple[str, Address]]:
     """Yield, for each rule in order, what makes it match its share, and its backend.
 
     Each rule sees only the connections that those before it left. The last one takes all, and
     has a match of its own: it says whose chain this is, where fewest connections pay for it.
     """
-    if pool.scheduler in ("rr", "wrr"):
-        turn = turn_of(pool, longest=LONGEST_TURN)
-        for index, address in enumerate(turn[:-1]):
-            yield f"-m statistic --mode nth --every {len(turn) - index} --packet 0 ", address
-        yield last, turn[-1]
-        return
+    match pool.scheduler:
+        case "rr" | "wrr":
+            *matches, last = in_turn(pool)
+        case "sh":
+            *matches, last = by_source(pool, owner)
+        case _:
+            *matches, last = at_random(pool)
+    yield from matches
+    yield comment(str(owner)), last[1]
+
+
+def in_turn(pool: Pool) -> Iterator[tuple[str, Address]]:
+    turn = turn_of(pool, longest=LONGEST_TURN)
+    for index, address in enumerate(turn):
+        yield f"-m statistic --mode nth --every {len(turn) - index} --packet 0 ", address
+
+
+def by_source(pool: Pool, owner: ServicePortName) -> Iterator[tuple[str, Address]]:
+    """Give each backend its share of all hashes; other owners spread the same clients otherwise."""
+    seed = int.from_bytes(sha256(suffix_of(owner).encode()).digest()[:4], "big")
+    total = sum(b.weight for b in pool.backends)
+    end = 0
+    for backend in pool.backends:
+        end += backend.weight
+        bound = min(end * SPAN // total, SPAN - 1)
+        yield source_below(bound, seed, family_of(backend.address.ip)), backend.address
+
+
+def at_random(pool: Pool) -> Iterator[tuple[str, Address]]:
     left = sum(b.weight for b in pool.backends)
-    for backend in pool.backends[:-1]:
+    for backend in pool.backends:
         share = probability(backend.weight, left)
         left -= backend.weight
         yield f"-m statistic --mode random --probability {share} ", backend.address
-    yield last, pool.backends[-1].address
 
 
 @lru_cache(maxsize=4096)

@@ -22,6 +22,9 @@ CANARY = "KUBE-PROXY-CANARY"
 HOST_FIREWALL = "KUBE-FIREWALL"  # shared with kubelet: never flushed, never deleted
 LOOPBACK = "127.0.0.0/8"
 TABLES = ("filter", "nat", "mangle")
+# Objects of the kernel that count packets; kube-proxy's names.
+INVALID_DROPPED, LOCALHOST_ACCEPTED = "ct_state_invalid_dropped_pkts", "localhost_nps_accepted_pkts"
+COUNTERS = (INVALID_DROPPED, LOCALHOST_ACCEPTED)
 
 Place = tuple[str, str]  # a table, and a chain of it
 
@@ -93,9 +96,10 @@ def forward_rules(ruleset: Ruleset) -> tuple[str, ...]:
     A segment outside the window would reach the client as it is, not from the Service's
     address, and be answered by a reset: it is dropped.
     """
-    invalid = ("-m conntrack --ctstate INVALID -j DROP",) if ruleset.drop_invalid else ()
+    counted = counter(INVALID_DROPPED) if ruleset.counted else ""
+    invalid = f"-m conntrack --ctstate INVALID {counted}-j DROP"
     return (
-        *invalid,
+        *((invalid,) if ruleset.drop_invalid else ()),
         '-m comment --comment "kubernetes forwarding rules" '
         f"-m mark --mark {ruleset.mark:#x}/{ruleset.mark:#x} -j ACCEPT",
         '-m comment --comment "kubernetes forwarding conntrack rule" '
@@ -111,12 +115,21 @@ def postrouting_rules(ruleset: Ruleset) -> tuple[str, ...]:
     mark = f"{ruleset.mark:#x}"
     hairpin = set_name(HAIRPIN, ruleset.family)
     random = " --random-fully" if ruleset.random_fully else ""
+    # Whatever comes to a node port at a loopback address is masqueraded, and passes here.
+    to_loopback = f"-m conntrack --ctorigdst {LOOPBACK} {counter(LOCALHOST_ACCEPTED)}".rstrip()
+    counts = ruleset.counted and ruleset.localhost_node_ports
     return (
         f"-m conntrack --ctstate DNAT -m set --match-set {hairpin} dst,dst,src -j {MARK_MASQ}",
         f"-m mark ! --mark {mark}/{mark} -j RETURN",
+        *((to_loopback,) if counts else ()),
         f"-j MARK --set-xmark {mark}/0x0",
         f'-m comment --comment "kubernetes service traffic requiring SNAT" -j MASQUERADE{random}',
     )
+
+
+def counter(name: str) -> str:
+    """Return the match that counts a packet and always holds."""
+    return f"-m nfacct --nfacct-name  {name} "  # iptables-save prints it with two spaces
 
 
 def off_cluster(ruleset: Ruleset) -> tuple[str, ...]:

@@ -194,7 +194,7 @@ def _set_lines(table: Table, a_set: Set, elements: Sequence[Element]) -> Iterato
         yield f"\t\ttimeout {a_set.timeout_seconds}s"
     if elements:
         ordered = sorted(elements, key=lambda element: key_order(a_set.key, element.key))
-        lines = ",\n\t\t\t".join(_element_text(a_set, element) for element in ordered)
+        lines = ",\n\t\t\t".join(element_text(a_set, element) for element in ordered)
         yield f"\t\telements = {{\n\t\t\t{lines}\n\t\t}}"
     yield "\t}"
 
@@ -231,7 +231,7 @@ def _example_text(table: Table, kind: TypeName) -> str:
             return "meta cpu"
 
 
-def _element_text(a_set: Set, element: Element) -> str:
+def element_text(a_set: Set, element: Element) -> str:
     words = key_text(a_set.key, element.key, element.key_end)
     if element.comment:
         words += f' comment "{clipped(element.comment)}"'

@@ -1,10 +1,10 @@
 """A packet has the same fate by the plan and by what each mode makes of it."""
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -12,24 +12,37 @@ from pyproxy.cache import Cache
 from pyproxy.model import (
     BALANCER_TRAFFIC,
     Address,
+    Drop,
     EndpointSlice,
     Forward,
     ObjectName,
     PortKey,
     PortPlan,
+    Reject,
     Service,
     SpecPort,
     Upsert,
     WeightRule,
 )
 from pyproxy.plan import Planner, Site
+from pyproxy.rules import iptables
 from pyproxy.rules.nftables import Ruleset, compile_owner
 from tests.builders import HERE, owner
 from tests.laws.test_core import endpoints
+from tests.trace.iptables import Rules as IptablesRules
 from tests.trace.nft import Rules
-from tests.trace.packet import DROPPED, REFUSED, UNTOUCHED, Delivered, Packet, Sender, World
+from tests.trace.packet import (
+    DROPPED,
+    LOOPBACK,
+    REFUSED,
+    UNTOUCHED,
+    Delivered,
+    Packet,
+    Sender,
+    World,
+)
 from tests.trace.plan import cluster_ips, fate, route_of
-from tests.trace.userspace import Listeners
+from tests.trace.userspace import Captured, Listeners
 
 FAMILIES = pytest.mark.parametrize("family", [4, 6])
 
@@ -228,18 +241,132 @@ def is_affine(route):
     return isinstance(action, Forward) and action.pool.affinity_seconds is not None
 
 
-@FAMILIES
-@given(st.data())
-def test_the_listeners_of_userspace_do_what_the_plan_says(family, data):
+def forwarder(data, family):
+    """A cluster with the world that mode userspace sees, and the networks of its pods."""
     cluster = data.draw(clusters(family))
     world = cluster.world._replace(node_ports_on_loopback=True)
     pods = () if world.pods is None else (
         ip_network(PLACES[family].pods_here) if world.pods == "cni0" else world.pods,
     )  # fmt: skip
+    return cluster, world, pods
+
+
+@FAMILIES
+@settings(max_examples=40)  # an interpreter in an interpreter
+@given(st.data())
+def test_the_program_at_the_socket_lookup_does_what_the_plan_says(family, data):
+    cluster, world, pods = forwarder(data, family)
+    captured = Captured(cluster.ports, world, pods, workers=data.draw(st.integers(1, 3)))
+    for packet in packets(cluster):
+        planned = fate(cluster.ports, packet, world)
+        if isinstance(planned, Delivered):
+            planned = Delivered(planned.backends)
+        elif route_of(cluster.ports, packet, world) is None:
+            planned = as_forwarder(planned, cluster.ports, packet, world)
+        assert captured.fate(packet, world) == planned, packet
+
+
+@FAMILIES
+@settings(max_examples=20)
+@given(st.data())
+def test_a_client_with_affinity_has_one_worker(family, data):
+    cluster, world, pods = forwarder(data, family)
+    captured = Captured(cluster.ports, world, pods, workers=3)
+    for packet in packets(cluster):
+        route = route_of(cluster.ports, packet, world)
+        if route is not None and is_affine(route):
+            ports = range(40000, 40100, 7)
+            assert len({captured.socket(packet, port) for port in ports}) == 1
+
+
+@FAMILIES
+@given(st.data())
+def test_the_listeners_of_userspace_do_what_the_plan_says(family, data):
+    cluster, world, pods = forwarder(data, family)
     listeners = Listeners(cluster.ports, world, pods)
     for packet in packets(cluster):
         expected = as_forwarder(fate(cluster.ports, packet, world), cluster.ports, packet, world)
         assert listeners.fate(packet, world) == expected, packet
+
+
+@FAMILIES
+@given(st.data())
+def test_the_rules_of_iptables_do_what_the_plan_says(family, data):
+    cluster = data.draw(clusters(family))
+    world, rules = as_iptables_node(cluster, data.draw(st.booleans()))
+    for packet in packets(cluster):
+        planned = fate(cluster.ports, packet, world)
+        expected = as_iptables(planned, cluster.ports, packet, world)
+        assert rules.fate(packet, world) == expected, packet
+
+
+@FAMILIES
+@given(st.data())
+def test_a_client_that_iptables_remembers_goes_where_it_went(family, data):
+    cluster = data.draw(clusters(family))
+    world, rules = as_iptables_node(cluster, False)
+    for packet in packets(cluster):
+        planned = fate(cluster.ports, packet, world)
+        route = route_of(cluster.ports, packet, world)
+        if isinstance(planned, Delivered) and is_affine(route):
+            chosen = min(planned.backends)
+            rules.remember(packet.sender.ip, chosen)
+            found = rules.fate(packet, world)
+            assert found == Delivered(frozenset({chosen}), planned.masqueraded & {chosen}), packet
+            break
+
+
+def as_iptables_node(cluster, localhost):
+    """Return the world and the rules of a node whose node ports may answer on loopback."""
+    localhost = localhost and cluster.world.family == 4 and cluster.world.node_port_ips is None
+    world = cluster.world._replace(node_ports_on_loopback=localhost)
+    ruleset = iptables.Ruleset(
+        world.family,
+        pods=world.pods,
+        masquerade_all=cluster.ruleset.masquerade_all,
+        node_port_ips=world.node_port_ips,
+        localhost_node_ports=localhost,
+    )
+    return world, IptablesRules(ruleset, cluster.ports)
+
+
+def as_iptables(planned, ports, packet, world):
+    """Return the fate that kube-proxy's mode iptables gives instead, and ours.
+
+    What no Service wants is left alone. A rule that refuses comes before one that looks at
+    source ranges, and is not asked about what this node sends away. It is one rule for a node
+    port at all addresses of the node, whichever serve it. Loopback addresses are guarded against
+    strangers.
+    """
+    route = route_of(ports, packet, world)
+    if route is None:
+        return at_other_addresses(ports, packet, world)
+    if isinstance(planned, Delivered):
+        return planned
+    if is_loopback(packet.destination, world) and not is_loopback(packet.sender.ip, world):
+        return DROPPED
+    if route.allowed_sources is not None:
+        allowed_for_all = structs.replace(route, allowed_sources=None)
+        if fate((only(allowed_for_all),), packet, world) == REFUSED:
+            planned = REFUSED
+        else:
+            return planned
+    leaves = packet.sender.is_here and not world.is_local(packet.destination)
+    return UNTOUCHED if leaves and route.kind != "ClusterIP" else planned
+
+
+def at_other_addresses(ports, packet, world):
+    everywhere = world._replace(node_port_ips=None, node_ports_on_loopback=True)
+    route = route_of(ports, packet, everywhere)
+    if route is None:
+        return UNTOUCHED
+    if isinstance(route.from_node, Reject):
+        return REFUSED
+    return DROPPED if isinstance(route.from_outside, Drop) else UNTOUCHED
+
+
+def is_loopback(ip, world):
+    return ip_address(ip) in LOOPBACK[world.family]
 
 
 def as_forwarder(planned, ports, packet, world):

@@ -1,6 +1,9 @@
 """Mode iptables in the kernel, with the rules of both flavours."""
 
+import socket
 import subprocess
+from collections import Counter
+from contextlib import suppress
 from functools import partial
 from ipaddress import ip_network
 
@@ -8,15 +11,25 @@ import pytest
 from msgspec import structs
 
 from pyproxy.delta import Delta
+from pyproxy.model import Address, Endpoint, Frontend, ServicePort, ServicePortName
+from pyproxy.plan import Plan, Site, plan_port
+from pyproxy.proxier import _nfacct
+from pyproxy.proxier._conntrack import Conntrack
+from pyproxy.proxier._flavour import programs_of
 from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
-from pyproxy.proxier._iptables import Iptables, IptablesError, programs_of
+from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.proxier._iptarget import IpTarget, remove
 from pyproxy.reconcile import Reconciler
-from pyproxy.rules.iptables import Item, Ruleset, compile_owner, set_name
-from pyproxy.rules.iptables_base import CANARY
+from pyproxy.report import RestoreReport
+from pyproxy.rules.iptables import CLUSTER_IPS, Item, Ruleset, compile_owner, set_name, suffix_of
+from pyproxy.rules.iptables_base import CANARY, INVALID_DROPPED, LOCALHOST_ACCEPTED
 from pyproxy.rules.iptables_layout import chains_of
 from pyproxy.rules.iptables_text import is_ours, parsed
+from pyproxy.topology import Place
 from tests.iptables_cluster import cluster
+from tests.netns.conftest import ADDRESSES, ADDRESSES6
+from tests.netns.node import udp_client
+from tests.trace.iptables import chosen
 
 FOREIGN = """*filter
 :KUBE-FIREWALL - [0:0]
@@ -73,13 +86,15 @@ def flush(programs):
 
 
 @pytest.fixture(params=[(4, "nft"), (4, "legacy"), (6, "nft"), (6, "legacy")], ids=str)
-def tables(request):
+async def tables(request):
     family, flavour = request.param
     programs = programs_of(family).get(flavour)
     if programs is None:
         pytest.skip(f"no iptables of flavour {flavour} here")
     flush(programs)
-    yield Counting(programs)
+    tables = Counting(programs)
+    yield tables
+    await tables.aclose()
     flush(programs)
     output_of("ipset", "destroy")
 
@@ -88,11 +103,12 @@ def tables(request):
 def ruleset(tables):
     family = 6 if "6" in tables.programs.plain else 4
     pods = ip_network("10.244.0.0/16" if family == 4 else "fd00:10:244::/56")
-    return Ruleset(family, pods=pods, localhost_node_ports=family == 4)
+    counted = _nfacct.ensured()
+    return Ruleset(family, pods=pods, localhost_node_ports=family == 4, counted=counted)
 
 
-def proxier(tables, ruleset, *, drifted=lambda count: None):
-    target = IpTarget(tables, lambda: ruleset, drifted)
+def proxier(tables, ruleset, *, drifted=lambda count: None, restored=lambda report: None):
+    target = IpTarget(tables, lambda: ruleset, drifted, restored)
     return Reconciler("iptables", ruleset.family, partial(compile_owner, ruleset), target, Clock())
 
 
@@ -134,6 +150,60 @@ async def test_a_change_writes_the_chains_it_concerns(tables, ruleset):
     await carrier.sync(changed, {owner})
     [lines] = tables.inputs
     assert {line.split(" ")[0][1:9] for line in lines if line.startswith(":")} == {"KUBE-SVC"}
+
+
+async def test_rules_are_counted_as_they_are_written(tables, ruleset):
+    plan, reports = cluster(ruleset.family), []
+    carrier = proxier(tables, ruleset, restored=reports.append)
+    await carrier.sync(plan, set(plan.ports))
+    there = parsed(await tables.save())
+    owned = Counter({"filter": 0, "nat": 0})
+    for (table, chain), rules in there.items():
+        if is_ours(chain) and table in owned:
+            owned[table] += len(rules)
+    owner = next(iter(plan.ports))
+    await carrier.sync(cluster(ruleset.family, endpoints=5), {owner})
+    await carrier.sync(plan, set())
+    more = {"filter": owned["filter"], "nat": owned["nat"] + 2}
+    family = ruleset.family
+    assert reports == [
+        RestoreReport(family, True, False, dict(owned), dict(owned)),
+        RestoreReport(family, False, False, more, {"nat": 5}),
+    ]
+
+
+async def test_a_restore_that_failed_is_told(tables, ruleset):
+    reports = []
+    target = IpTarget(tables, lambda: ruleset, on_restore=reports.append)
+    await target.adopt()
+    await target.apply(Delta({}, {}, {}))
+    bad = Item("nat", "KUBE-SVC-BAD")
+    await target.apply(Delta({bad: ("-m nonsense -j RETURN",)}, {}, {}))
+    assert [(report.full, report.failed) for report in reports] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("tables", [(4, "nft"), (4, "legacy")], indirect=True, ids=str)
+async def test_what_comes_to_a_node_port_at_loopback_is_counted(tables, ruleset):
+    assert ruleset.counted, "the kernel has no nfacct"
+    plan = cluster(4)
+    await proxier(tables, ruleset).sync(plan, set(plan.ports))
+    output_of("ip", "route", "replace", "10.244.1.0/24", "dev", "lo")
+    output_of("conntrack", "-F")
+    before = _nfacct.packets(LOCALHOST_ACCEPTED)
+    for port in (30001, 30001, 9):
+        with suppress(OSError), socket.socket() as sock:
+            sock.settimeout(0.05)
+            sock.connect(("127.0.0.1", port))
+    assert _nfacct.packets(LOCALHOST_ACCEPTED) == before + 2
+    assert _nfacct.packets(INVALID_DROPPED) is not None
+
+
+def test_counters_come_and_go():
+    _nfacct.remove()
+    assert _nfacct.packets(INVALID_DROPPED) is None
+    assert _nfacct.ensured()
+    assert _nfacct.ensured()  # they are there
+    assert _nfacct.packets(INVALID_DROPPED) == 0
 
 
 async def test_what_others_flush_is_there_again_and_told(tables, ruleset):
@@ -213,6 +283,17 @@ async def test_what_the_kernel_refuses_does_not_stop_the_rest(tables, ruleset):
     assert parsed(await tables.save())["nat", "KUBE-SVC-GOOD"] == (to,)
 
 
+async def test_an_error_names_the_line_of_its_own_input(tables):
+    for lines in (["*nat", ":GOOD - [0:0]", "COMMIT"], ["*nat", "-A GOOD -m nonsense", "COMMIT"]):
+        refused = None
+        try:
+            await tables.restore(lines)
+        except IptablesError as error:
+            refused = error
+    assert refused is not None
+    assert refused.line == 1
+
+
 async def test_a_program_that_cannot_start_is_an_error(tables):
     gone = Iptables(tables.programs._replace(save="no-such-program"))
     with pytest.raises(IptablesError, match="no-such-program: No such file"):
@@ -245,3 +326,43 @@ async def test_the_canary_is_in_each_table(tables, ruleset):
     await proxier(tables, ruleset).sync(plan, set(plan.ports))
     there = parsed(await tables.save())
     assert {table for table, chain in there if chain == CANARY} == {"filter", "nat", "mangle"}
+
+
+async def test_it_verifies_owners_against_the_kernel_and_mends_nothing(tables, ruleset):
+    plan = cluster(ruleset.family)
+    carrier = proxier(tables, ruleset)
+    await carrier.sync(plan, set(plan.ports))
+    owners = set(plan.ports)
+    found = await carrier.verify(owners)
+    assert (found.entries > len(owners), found.differences) == (True, ())
+    some = next(iter(sorted(owners)))
+    chain = f"KUBE-SVC-{suffix_of(some)}"
+    output_of(tables.programs.plain, "-w", "-t", "nat", "-F", chain)
+    output_of("ipset", "flush", set_name(CLUSTER_IPS, ruleset.family))
+    entries = {d.entry.split()[1]: d.held for d in (await carrier.verify(owners)).differences}
+    assert entries == {chain: "", CLUSTER_IPS: None}
+
+
+async def test_a_client_goes_where_the_hash_of_its_address_says(tables, ruleset):
+    family = ruleset.family
+    vip = "10.96.0.77" if family == 4 else "fd00:10:96::77"
+    output_of("ip", "route", "replace", f"{vip}/{32 if family == 4 else 128}", "dev", "lo")
+    output_of("conntrack", "-F")
+    clients = [a.split("/")[0] for a in (ADDRESSES if family == 4 else ADDRESSES6)]
+    ports = [Endpoint(Address(clients[0], number)) for number in range(9001, 9008)]
+    name = ServicePortName("default", "hashed", "", "UDP")
+    port = ServicePort(name=name, cluster_ip=vip, port=80, scheduler="sh")
+    plan = Plan()
+    plan.put(name, plan_port(port, ports, Site(Place("here"), clients[0])))
+    report = await proxier(tables, ruleset).sync(plan, {name})
+    assert report.error is None
+    assert report.unserved == ()
+    [backends] = {route.from_node.pool for route in plan.ports[name].routes}
+    for client in clients:
+        for _ in range(4):
+            with udp_client(vip, 80, client) as sock:
+                sock.send(b"?")
+    flows = list(Conntrack(family).flows([Frontend(vip, 80, "UDP")]))
+    assert len(flows) == 4 * len(clients)
+    found = {(flow.source.ip, flow.backend) for flow in flows}
+    assert found == {(client, chosen(backends, name, client)) for client in clients}

@@ -11,8 +11,16 @@ from pyproxy.config import Config
 from pyproxy.manifests.resolve import Memory, resolve
 from pyproxy.manifests.resolve import Settings as ManifestSettings
 from pyproxy.model import Forward
-from pyproxy.render import Settings, by_owner, nft_ruleset, rules_text, scenes
-from pyproxy.rules import listeners, nftables
+from pyproxy.render import (
+    Settings,
+    by_owner,
+    iptables_ruleset,
+    ipvs_ruleset,
+    nft_ruleset,
+    rules_text,
+    scenes,
+)
+from pyproxy.rules import iptables, ipvs, listeners, nftables
 from tests.manifest_builders import DUAL
 
 FOLDER = Path(__file__).parent
@@ -21,7 +29,9 @@ PODS = "10.244.0.0/16,fd00:10:244::/48"
 NODE_IPS = ("192.0.2.11", "fd00:c0de::11")
 ORIGINS = ("pod", "node", "outside")
 COMPILERS = {
+    "iptables": lambda scene: partial(iptables.compile_owner, iptables_ruleset(scene)),
     "nftables": lambda scene: partial(nftables.compile_owner, nft_ruleset(scene)),
+    "ipvs": lambda scene: partial(ipvs.compile_owner, ipvs_ruleset(scene)),
     "userspace": lambda scene: listeners.compile_owner,
 }
 
@@ -67,7 +77,11 @@ def indented(text):
 
 def outcome(scenario):
     """Return the ``then`` part as it is now."""
-    return {"plan": plan_text(scenario), "nftables": nft_summary(scenario)}
+    return {
+        "plan": plan_text(scenario),
+        "nftables": summary(scenario, "nftables", nft_entries),
+        "iptables": summary(scenario, "iptables", iptables_entries),
+    }
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -116,19 +130,19 @@ def aligned(rows):
     return "".join(f"{line}\n" for line in padded)
 
 
-# --- nftables -------------------------------------------------------------------------------------
+# --- rules ----------------------------------------------------------------------------------------
 
 
-def nft_summary(scenario):
-    """Return what is in the tables on account of the objects: not what always is."""
+def summary(scenario, mode, entries):
+    """Return what there is on account of the objects: not what always is."""
     empty = {kind: found for kind, found in scenario.objects.items() if kind == "Node"}
     empty["ServiceCIDR"] = scenario.objects["ServiceCIDR"]
-    always = set(entries(rules_text("nftables", empty, scenario.settings)))
-    found = entries(rules_text("nftables", scenario.objects, scenario.settings))
+    always = set(entries(rules_text(mode, empty, scenario.settings)))
+    found = entries(rules_text(mode, scenario.objects, scenario.settings))
     return aligned([entry for entry in found if entry not in always])
 
 
-def entries(text):
+def nft_entries(text):
     """Yield family, chain or set, and line for each rule, element and declared time-out."""
     family = block = ""
     for line in text.splitlines():
@@ -140,3 +154,17 @@ def entries(text):
             yield family, block, line.strip().removesuffix(",")
         elif line.startswith("\t\t" if block.startswith("chain ") else "\t\ttimeout"):
             yield family, block, line.strip()
+
+
+def iptables_entries(text):
+    """Yield program, table or set, chain and rule; of a set, its members."""
+    program = table = ""
+    for line in text.splitlines():
+        if opened := re.match(r"# for (\S+)-restore", line):
+            program = opened[1]
+        elif line.startswith("*"):
+            table = line[1:]
+        elif member := re.match(r"# ipset add (\S+) (.+)", line):
+            yield program, "ipset", *member.groups()
+        elif rule := re.match(r"-A (\S+) (.+)", line):
+            yield program, table, *rule.groups()

@@ -6,7 +6,6 @@ Where a rule picks at random, every pick is followed.
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from types import MappingProxyType
-from typing import NamedTuple
 
 from pyproxy.model import Address
 from pyproxy.rules import nft_base
@@ -39,23 +38,9 @@ from pyproxy.rules.nft import (
     unpacked_key,
 )
 from pyproxy.rules.nftables import PRESENT, compile_owner
-from tests.trace.packet import DROPPED, REFUSED, UNTOUCHED, Delivered
+from tests.trace.kernel import arrived, dnatted, united
 
 NOTHING = MappingProxyType({})
-
-
-class State(NamedTuple):
-    """A packet on its way. The interface is empty where it did not come in through one."""
-
-    saddr: str
-    daddr: str
-    proto: str
-    dport: int
-    interface: str
-    mark: int = 0
-    is_dnatted: bool = False
-    is_masqueraded: bool = False
-    remembered: frozenset[str] = frozenset()  # the sets that its source was added to
 
 
 class Rules:
@@ -97,9 +82,7 @@ class Rules:
     # --- the way through the kernel -----------------------------------------------------------
 
     def fate(self, packet, world):
-        ip, interface = packet.sender
-        start = State(ip, packet.destination, packet.proto, packet.port, interface)
-        return united(set(self._journey(start, packet.sender, world)))
+        return united(set(self._journey(arrived(packet), packet.sender, world)))
 
     def _journey(self, state, sender, world):
         first = "output" if sender.is_here else "prerouting"
@@ -285,10 +268,6 @@ def packed_field(field, state):
             return state.dport.to_bytes(2, "big")
 
 
-def dnatted(state, address):
-    return state._replace(daddr=address.ip, dport=address.port, is_dnatted=True)
-
-
 def changed(statement, state):
     match statement:
         case SetMark(bits):
@@ -297,22 +276,3 @@ def changed(statement, state):
             return state._replace(mark=state.mark ^ bits)
         case UpdateSet(name):
             return state._replace(remembered=state.remembered | {name})
-
-
-def united(outcomes):
-    """Return the one fate of all ways a packet may take: they differ in the backend only."""
-    ended = {verdict if verdict != "accept" else at.is_dnatted for verdict, at in outcomes}
-    assert len(ended) == 1, f"it depends on the pick: {ended}"
-    match ended.pop():
-        case "drop":
-            return DROPPED
-        case "reject":
-            return REFUSED
-        case False:
-            masqueraded = any(at.is_masqueraded for _, at in outcomes)
-            assert not masqueraded, "masqueraded on its way to nobody of ours"
-            return UNTOUCHED
-    marked = any(at.is_masqueraded and at.mark for _, at in outcomes)
-    assert not marked, "its mark would have it masqueraded again where it comes by once more"
-    to = {Address(at.daddr, at.dport): at.is_masqueraded for _, at in outcomes}
-    return Delivered(frozenset(to), frozenset(address for address, yes in to.items() if yes))

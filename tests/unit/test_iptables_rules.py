@@ -1,5 +1,6 @@
 """What one owner has in iptables, and the text of it."""
 
+from collections import Counter
 from ipaddress import ip_network
 
 import pytest
@@ -25,6 +26,7 @@ from pyproxy.rules.iptables_text import cleared, founded, parsed, rewritten, tar
 from pyproxy.rules.iptables_tree import LEAVES, LONGEST_NAME, Leaf, digits_of, tree
 from tests.builders import SITE, VIP, endpoint, owner, remote, service_port
 from tests.iptables_cluster import cluster
+from tests.trace.iptables import chosen
 
 RULESET = Ruleset(4, pods=ip_network("10.244.0.0/16"))
 SUFFIX = suffix_of(owner())
@@ -197,21 +199,38 @@ def backends(*weights):
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=8))
 def test_each_backend_has_the_share_of_its_weight(weights):
     left, shares = 1.0, []
-    for match, _address in picks(Pool(backends(*weights)), ""):
-        part = float(match.split()[-1]) if match else 1.0
+    for match, _address in picks(Pool(backends(*weights)), owner()):
+        part = float(match.split()[-1]) if "statistic" in match else 1.0
         shares.append(left * part)
         left -= left * part
     assert shares == pytest.approx([w / sum(weights) for w in weights], abs=1e-6)
 
 
 def test_turns_are_counted():
-    found = list(picks(Pool(backends(2, 1), "wrr"), "last"))
+    found = list(picks(Pool(backends(2, 1), "wrr"), owner()))
     nth = "-m statistic --mode nth --every {} --packet 0 "
     assert found == [
         (nth.format(3), Address("10.0.0.1", 80)),
         (nth.format(2), Address("10.0.0.2", 80)),
-        ("last", Address("10.0.0.1", 80)),
+        ('-m comment --comment "default/web" ', Address("10.0.0.1", 80)),
     ]
+
+
+@pytest.mark.parametrize(
+    "clients", ["10.244.0.0/22", "10.0.0.0/8", "fd00:10:244::/118", "fd00::/16"]
+)
+def test_clients_are_spread_by_weight_and_keep_their_backend(clients):
+    network = ip_network(clients)
+    step = network.num_addresses // 1024
+    pool = Pool(backends(3, 1, 4), "sh")
+    if network.version == 6:
+        found = tuple(
+            Backend(Address(f"fd00::{n}", 80), b.weight) for n, b in enumerate(pool.backends)
+        )
+        pool = Pool(found, "sh")
+    counts = Counter(chosen(pool, owner(), str(network[step * n])) for n in range(1024))
+    for backend in pool.backends:
+        assert counts[backend.address] / 1024 == pytest.approx(backend.weight / 8, rel=0.25)
 
 
 # --- the tree -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from pyproxy.metrics import COUNTERS, GAUGES, HISTOGRAMS, READINGS, Metrics
-from pyproxy.report import SyncReport
+from pyproxy.report import RestoreReport, SyncReport
 
 MODES = ("userspace", "iptables", "nftables", "ipvs")
 SYNC = "kubeproxy_sync_proxy_rules"
@@ -325,6 +325,41 @@ def test_a_counter_kept_elsewhere_is_read_at_each_scrape():
     metrics = Metrics("iptables", (4,))
     values = iter([5, None])
     metrics.count_elsewhere(name, lambda: next(values))
+    metrics.count_elsewhere(name, lambda: 7)  # the other family: it is the same counter
     known, unknown = printed(metrics), printed(metrics)
     assert f"# TYPE {name} counter\n{name} 5.0\n" in known
     assert name not in unknown
+
+
+def test_applied_versions_are_read_at_each_scrape():
+    metrics, version = Metrics("nftables", (4,)), [7]
+    metrics.applied("Service", 4, lambda: version[0])
+    name = ("pyproxy_applied_resource_version", "IPv4", "Service")
+    assert samples(metrics)[name] == 7
+    version[0] = 9
+    assert samples(metrics)[name] == 9
+
+
+def test_rules_and_failures_of_restores_are_told():
+    metrics = Metrics("iptables", (4, 6))
+    metrics.restored(RestoreReport(4, True, False, {"filter": 9, "nat": 20}, {"nat": 20}))
+    metrics.restored(RestoreReport(6, False, True, {"filter": 9, "nat": 21}, {}))
+    metrics.restored(RestoreReport(6, True, True, {"filter": 9, "nat": 21}, {}))
+    text = printed(metrics)
+    for line in (
+        'iptables_total{ip_family="IPv4",table="nat"} 20.0',
+        'iptables_total{ip_family="IPv6",table="nat"} 21.0',
+        'iptables_last{ip_family="IPv4",table="nat"} 20.0',
+        'iptables_last{ip_family="IPv4",table="filter"} 0.0',
+        'iptables_restore_failures_total{ip_family="IPv4"} 0.0',
+        'iptables_restore_failures_total{ip_family="IPv6"} 2.0',
+        'iptables_partial_restore_failures_total{ip_family="IPv6"} 1.0',
+    ):
+        assert f"{SYNC}_{line}\n" in text
+
+
+def test_packets_are_told_by_chain():
+    metrics = Metrics("iptables", (4,))
+    metrics.passed(4, "nat", {"KUBE-SERVICES": 7})
+    labels = 'chain="KUBE-SERVICES",ip_family="IPv4",table="nat"'
+    assert f"pyproxy_iptables_packets{{{labels}}} 7.0\n" in printed(metrics)
