@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from pyproxy.balancer import Picker
-from pyproxy.config import Config, node_port_cidrs, with_setting
+from pyproxy.config import Config, node_port_cidrs, sync_periods, with_setting
 from pyproxy.delta import Delta
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
@@ -60,7 +60,9 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 
 def build(env: Env) -> Proxier:
-    target = Balanced(env, Frontends(env))
+    frontends = Frontends(env)
+    target = Balanced(env, frontends)
+    env.tasks.create_task(watch(frontends, env), name=f"watch routes IPv{env.family}")
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
@@ -85,6 +87,17 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
         problems.append(f"cannot remove the rules of the capture: {error.strerror}")
     problem = transparent.remove(family)
     return "; ".join([*problems, *([problem] if problem else [])]) or None
+
+
+async def watch(frontends: "Frontends", env: Env) -> None:
+    """Have local routes made again that others removed, for ever."""
+    period, _ = sync_periods(env.config, "userspace")
+    while True:
+        await asyncio.sleep(period)
+        lost = frontends.lost_routes()
+        if lost:
+            env.drifted("local", lost, "somebody")
+            env.resync()
 
 
 class Frontends:
@@ -155,6 +168,15 @@ class Frontends:
         self._close(delta.removed)
         self._commit()
         return refused
+
+    def lost_routes(self) -> int:
+        """Return how many of our routes others removed; none where nobody can tell."""
+        if self._vips is None:
+            return 0
+        try:
+            return len(self._local - self._vips.listed())
+        except OSError:
+            return 0  # the next sync will say so
 
     async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
         """Look at our sockets, and at the kernel's local routes. Raises ``ApplyError``."""
