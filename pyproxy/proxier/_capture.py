@@ -58,14 +58,15 @@ class ByLookup:
 
     def __init__(self, family: Family) -> None:
         """Raises ``Unsupported``."""
-        self._lookup = Lookup(family)
-        self.sockets: Shared | None = None
         try:
-            self.sockets = Shared(family)
-            self._lookup.lead_to(0, self.sockets.tcp, self.sockets.udp)
+            self.sockets: Shared | None = Shared(family)
         except OSError as error:
-            self.close()
             raise Unsupported(error.strerror) from error
+        try:
+            self._lookup = Lookup(family, [self.sockets])
+        except Unsupported:
+            self.sockets.close()
+            raise
 
     def takes(self, route: Route) -> bool:
         return True
@@ -77,13 +78,13 @@ class ByLookup:
         self._lookup.drop(frontend)
 
     def commit(self) -> None:
-        """It is already: each change was one of its own."""
+        self._lookup.commit()
 
     def silence(self, ip: str) -> None:
         self._lookup.stand(ip, "silent")
 
     def unsilence(self, ip: str) -> None:
-        self._lookup.forget(ip)
+        self._lookup.fall(ip)
 
     def surround(self, around: Surroundings, node_port_ips: Sequence[str] | None) -> None:
         self._lookup.surround(around, node_port_ips)
@@ -121,7 +122,8 @@ class ByListeners:
             self._lookup.drop(frontend)
 
     def commit(self) -> None:
-        """It is already."""
+        if self._lookup is not None:
+            self._lookup.commit()
 
     def silence(self, ip: str) -> None:
         if self._lookup is not None:
@@ -129,7 +131,7 @@ class ByListeners:
 
     def unsilence(self, ip: str) -> None:
         if self._lookup is not None:
-            self._lookup.forget(ip)
+            self._lookup.fall(ip)
 
     def surround(self, around: Surroundings, node_port_ips: Sequence[str] | None) -> None:
         pass

@@ -130,7 +130,8 @@ class Fronts:
             held.front = self._open(frontend, held, picker)
         else:
             front.update(listener, picker)
-            self._protect(front.sockets, listener)
+            if not held.taken:
+                self._protect(front.sockets, listener)
 
     def commit(self) -> None:
         """Have all changes in effect, and close what they replace. Raises ``OSError``."""
@@ -197,9 +198,11 @@ class Fronts:
 
     def _open(self, frontend: Frontend, held: Held, picker: Picker) -> TcpFront | UdpFront:
         sockets: list[socket.socket] = []
-        ips = self._ips(frontend) if not held.taken else ()
-        wildcard = WILDCARD[self._family] in ips
+        if held.taken:
+            return self._front_with(frontend, held, (), picker)
+        ips = self._ips(frontend)
         program = self._program(held.listener)
+        wildcard = WILDCARD[self._family] in ips
         try:
             sockets.extend(
                 listening(
@@ -216,6 +219,17 @@ class Fronts:
             for sock in sockets:
                 sock.close()
             raise
+        return self._front_with(frontend, held, sockets, picker, wildcard=wildcard)
+
+    def _front_with(
+        self,
+        frontend: Frontend,
+        held: Held,
+        sockets: Sequence[socket.socket],
+        picker: Picker,
+        *,
+        wildcard: bool = False,
+    ) -> TcpFront | UdpFront:
         if frontend.proto == "TCP":
             return TcpFront(self._tcp, sockets, held.listener, picker)
         return UdpFront(self._udp, sockets, held.listener, picker, wildcard=wildcard)
