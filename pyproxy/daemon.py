@@ -52,7 +52,7 @@ class Daemon:
             families=tuple(self._family(lane) for lane in self._lanes),
             allow_external_ips=gate(self._config, "AllowServiceExternalIPs"),
             cloud=self._config.cloud_annotations,
-            balances_sockets=self._config.userspace.socket_lb != "off",
+            keeps_client_address=self._config.userspace.keep_client_address,
         )
 
     def live(self) -> Mapping[str, LiveQuestion]:
