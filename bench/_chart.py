@@ -1,16 +1,17 @@
-"""A picture of the figures, where matplotlib is installed."""
+"""Pictures of the figures, where matplotlib is installed."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+
+Results = Mapping[str, Mapping[str, float]]
 
 
-def draw(results: Mapping[str, Mapping[str, float]], path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """Draw how long one change takes, by size and by rate."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print("no chart: matplotlib is missing (pip install 'pyproxy[bench]')", file=sys.stderr)
+    pyplot = plotter()
+    if pyplot is None:
         return
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name, figures in results.items():
@@ -21,3 +22,30 @@ def draw(results: Mapping[str, Mapping[str, float]], path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(title="Services x endpoints")
     figure.savefig(path, dpi=120)
+
+
+def draw_ratios(results: Results, ratios: Sequence[str], path: Path) -> None:
+    """Draw these ratios, by test; one is a line."""
+    pyplot = plotter()
+    if pyplot is None:
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name in ratios:
+        points = {test: found[name] for test, found in results.items() if name in found}
+        axes.plot(points.values(), points.keys(), "o", label=name)
+    axes.axvline(1.0, color="gray")
+    axes.set_xscale("log")
+    axes.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    axes.set_xlabel("rate, as a ratio")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plotter() -> ModuleType | None:
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no chart: matplotlib is missing (pip install 'pyproxy[bench]')", file=sys.stderr)
+        return None
+    return pyplot

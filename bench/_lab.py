@@ -22,7 +22,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 CONFIG = """\
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
-mode: nftables
+mode: {mode}
 hostnameOverride: {node}
 clientConnection: {{kubeconfig: {kubeconfig}}}
 clusterCIDR: 10.128.0.0/9
@@ -73,6 +73,7 @@ def environment() -> dict[str, str]:
 
 class Cost(NamedTuple):
     cpu_seconds: float
+    rss_mib: float
     peak_mib: float
 
 
@@ -98,8 +99,8 @@ class Proxy:
     def cost(self) -> Cost:
         stat = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(") ")[2].split()
         status = Path(f"/proc/{self._process.pid}/status").read_text()
-        peak_kib = int(status.partition("VmHWM:")[2].split()[0])
-        return Cost((int(stat[11]) + int(stat[12])) / TICKS, peak_kib / 1024)
+        rss, peak = (int(status.partition(word)[2].split()[0]) for word in ("VmRSS:", "VmHWM:"))
+        return Cost((int(stat[11]) + int(stat[12])) / TICKS, rss / 1024, peak / 1024)
 
     async def drain(self) -> None:
         assert self._process.stderr is not None
@@ -108,11 +109,11 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxy(url: str, folder: Path, command: Sequence[str] = ()):
+async def proxy(url: str, folder: Path, command: Sequence[str] = (), *, mode: str = "nftables"):
     """Run a proxy until the end of the block; it is serving at its beginning."""
     kubeconfig, config = folder / "kubeconfig", folder / "config.yaml"
     kubeconfig.write_text(KUBECONFIG.format(url=url))
-    config.write_text(CONFIG.format(node=NODE, kubeconfig=kubeconfig))
+    config.write_text(CONFIG.format(mode=mode, node=NODE, kubeconfig=kubeconfig))
     started_at = perf_counter()
     words = [*(command or (sys.executable, "-m", "pyproxy")), f"--config={config}"]
     process = await asyncio.create_subprocess_exec(

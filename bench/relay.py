@@ -1,304 +1,128 @@
-"""The userspace relay as ratios to no proxy at all, and to HAProxy where that is installed.
+"""The userspace relay beside HAProxy, nginx and no proxy at all, on loopback, in one run.
 
-python bench/relay.py [ROUNDS]      client, proxy and backend are processes; loopback, no root
+python -m bench.relay [--rounds 9] [--only WORD] [--json FILE] [--chart FILE.png]
+
+Client, proxy and backend are processes that share the machine; every proxy is one process with one
+thread. HAProxy and nginx (with its stream module) take part where they are installed.
 """
 
-import asyncio
-import os
-import random
-import selectors
+import argparse
+import json
 import shutil
-import socket
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from threading import Thread
-from time import perf_counter
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import uvloop
+from bench._chart import draw_ratios
+from bench._relay_load import TESTS, Test, Work, stalled_bytes
+from bench._relay_peers import NGINX_MODULES, Target, haproxy, nginx, running
 
-from pyproxy.balancer import Picker
-from pyproxy.model import Address, Backend, Forward, Frontend, Pool, Route, ServicePortName
-from pyproxy.proxier._sockets import listening
-from pyproxy.proxier._tcp import TcpFront, TcpRelay
-from pyproxy.proxier._udp import IdleTimeouts, UdpFront, UdpRelay
-from pyproxy.rules.listeners import Listener, Surroundings
-
-IP = "127.0.0.1"
-SECONDS = 0.5  # of one measurement
-TICKS = os.sysconf("SC_CLK_TCK")
-BLOCK = bytes(1 << 20)
-
-Ports = list[int]  # one that echoes TCP, one that swallows TCP, one that echoes UDP
-HAPROXY = """
-global
-  nbthread 1
-defaults
-  mode tcp
-  timeout connect 5s
-  timeout client 60s
-  timeout server 60s
-"""
+MIB = 1 << 20
+PEERS = ("haproxy", "nginx")
+Figures = dict[str, dict[str, float]]  # by test, by what is measured
 
 
-class Echo(asyncio.Protocol):
-    def connection_made(self, transport):
-        self.transport = transport
-
-    def data_received(self, data):
-        self.transport.write(data)
+class Round(NamedTuple):
+    rate: float  # units in a second
+    cpu: float  # seconds of the proxy for a unit
 
 
-class Sink(asyncio.BufferedProtocol):
-    """Swallows everything; says so when it has all."""
-
-    buffer = memoryview(bytearray(1 << 20))
-
-    def connection_made(self, transport):
-        self.transport = transport
-
-    def get_buffer(self, _size):
-        return self.buffer
-
-    def buffer_updated(self, _count):
-        pass
-
-    def eof_received(self):
-        self.transport.write(b".")
+def measured(test: Test, targets: Mapping[str, Target], rounds: int) -> dict[str, list[Round]]:
+    found: dict[str, list[Round]] = {name: [] for name in targets}
+    for _ in range(rounds):  # interleaved, for others may use the machine
+        for name, target in targets.items():
+            before = target.cpu_seconds()
+            work: Work = test.run(target.ports, *test.sizes)
+            used = target.cpu_seconds() - before
+            found[name].append(Round(work.rate / test.unit, used / work.count * test.unit))
+    return found
 
 
-async def backend() -> None:
-    loop = asyncio.get_running_loop()
-    servers = [await loop.create_server(kind, IP, 0, backlog=4096) for kind in (Echo, Sink)]
-    datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    datagrams.setblocking(False)
-    datagrams.bind((IP, 0))
-
-    def answer() -> None:
-        with suppress(BlockingIOError):
-            while True:
-                data, peer = datagrams.recvfrom(2048)
-                datagrams.sendto(data, peer)
-
-    loop.add_reader(datagrams, answer)
-    tell([*(server.sockets[0] for server in servers), datagrams])
-    await asyncio.Event().wait()
+def figures(found: Mapping[str, list[Round]]) -> dict[str, float]:
+    """Return medians, and medians of the ratios of each round."""
+    result = {}
+    for name, rounds in found.items():
+        result[f"{name} rate"] = median(r.rate for r in rounds)
+        if name != "direct":
+            result[f"{name} cpu"] = median(r.cpu for r in rounds)
+            result[f"{name}/direct"] = ratio(rounds, found["direct"], "rate")
+    for peer in PEERS:
+        if found.get(peer):
+            result[f"pyproxy/{peer}"] = ratio(found["pyproxy"], found[peer], "rate")
+            result[f"pyproxy/{peer} cpu"] = ratio(found["pyproxy"], found[peer], "cpu")
+    return result
 
 
-async def proxy(ports: Ports) -> None:
-    def observe(_result: str) -> None:
-        pass
-
-    sockets = []
-    async with asyncio.TaskGroup() as tasks:
-        tcp = TcpRelay(tasks, Surroundings, observe)
-        udp = UdpRelay(Surroundings, IdleTimeouts(), observe)
-        for port, proto in zip(ports, ("TCP", "TCP", "UDP"), strict=True):
-            pool = Pool((Backend(Address(IP, port)),))
-            picker = Picker(random.randrange)
-            picker.use([pool])
-            action = Forward(pool)
-            route = Route(Frontend(IP, 1, proto), "ClusterIP", action, action, action)
-            listener = Listener(ServicePortName("bench", "relay", "", proto), route)
-            sock = listening(IP, 0, proto, wildcard=False)
-            sockets.append(sock)
-            if proto == "TCP":
-                TcpFront(tcp, [sock], listener, picker)
-            else:
-                UdpFront(udp, [sock], listener, picker, wildcard=False)
-        tell(sockets)
-        await asyncio.Event().wait()
+def ratio(ours: list[Round], theirs: list[Round], what: str) -> float:
+    pairs = zip(ours, theirs, strict=True)
+    return median(getattr(our, what) / getattr(their, what) for our, their in pairs)
 
 
-def tell(sockets: list[socket.socket]) -> None:
-    print(*(sock.getsockname()[1] for sock in sockets), flush=True)
-
-
-@contextmanager
-def running(*role: object) -> Iterator[tuple[int, Ports]]:
-    """Run this file in another role; yield its process id and ports."""
-    command = [sys.executable, __file__, *map(str, role)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.pid, [int(word) for word in process.stdout.readline().split()]
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-@contextmanager
-def haproxy(ports: Ports) -> Iterator[tuple[int, Ports]]:
-    spare = [socket.create_server((IP, 0)) for _ in range(2)]
-    own = [sock.getsockname()[1] for sock in spare]
-    for sock in spare:
-        sock.close()
-    lines = [
-        f"listen l{near}\n  bind {IP}:{near}\n  server s {IP}:{far}\n"
-        for near, far in zip(own, ports, strict=False)
-    ]
-    with tempfile.NamedTemporaryFile("w", suffix=".cfg") as file:
-        file.write(HAPROXY + "".join(lines))
-        file.flush()
-        process = subprocess.Popen(["haproxy", "-db", "-q", "-f", file.name])
-        try:
-            wait_for(own[1])
-            yield process.pid, own
-        finally:
-            process.kill()
-            process.wait()
-
-
-def wait_for(port: int) -> None:
-    for _ in range(10_000):
-        with suppress(ConnectionRefusedError), socket.create_connection((IP, port)):
-            return
-    raise TimeoutError("HAProxy does not listen")
-
-
-def connections(ports: Ports, at_once: int) -> float:
-    """New connections in a second: one byte each way, then the client closes."""
-
-    async def run() -> int:
-        loop = asyncio.get_running_loop()
-        until, done = loop.time() + SECONDS, 0
-
-        class Client(asyncio.Protocol):
-            def connection_made(self, transport):
-                self.transport = transport
-                self.closed = loop.create_future()
-                transport.write(b"x")
-
-            def data_received(self, _data):
-                self.transport.close()
-
-            def connection_lost(self, _error):
-                self.closed.set_result(None)
-
-        async def client() -> None:
-            nonlocal done
-            while loop.time() < until:
-                _transport, protocol = await loop.create_connection(Client, IP, ports[0])
-                await protocol.closed
-                done += 1
-
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(at_once):
-                tasks.create_task(client())
-        return done
-
-    started_at = perf_counter()
-    return uvloop.run(run()) / (perf_counter() - started_at)
-
-
-def bulk(ports: Ports, streams: int) -> float:
-    """MB in a second, until the backend has it all."""
-    sent = []
-
-    def stream() -> None:
-        with socket.create_connection((IP, ports[1])) as sock:
-            count = 0
-            while perf_counter() < until:
-                sock.sendall(BLOCK)
-                count += len(BLOCK)
-            sock.shutdown(socket.SHUT_WR)
-            assert sock.recv(1) == b".", "the backend has not got all"
-        sent.append(count)
-
-    started_at = perf_counter()
-    until = started_at + SECONDS
-    threads = [Thread(target=stream) for _ in range(streams)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(sent) / (perf_counter() - started_at) / 1e6
-
-
-def datagrams(ports: Ports, clients: int, in_flight: int = 16) -> float:
-    """Datagrams of 64 bytes that come back in a second."""
-    done = 0
-    with selectors.DefaultSelector() as selector, ExitStack() as stack:
-        for _ in range(clients):
-            sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-            sock.setblocking(False)
-            sock.connect((IP, ports[2]))
-            selector.register(sock, selectors.EVENT_READ)
-            for _ in range(in_flight):
-                sock.send(bytes(64))
-        started_at = perf_counter()
-        while perf_counter() < started_at + SECONDS:
-            for key, _events in selector.select(0.1):
-                with suppress(BlockingIOError):
-                    while True:
-                        key.fileobj.send(key.fileobj.recv(2048))
-                        done += 1
-        return done / (perf_counter() - started_at)
-
-
-TESTS: dict[str, tuple[Callable[[Ports, int], float], int]] = {
-    "new connections/s, one by one": (connections, 1),
-    "new connections/s, 64 at once": (connections, 64),
-    "MB/s, 1 stream": (bulk, 1),
-    "MB/s, 8 streams": (bulk, 8),
-    "UDP echoes/s, 8 clients": (datagrams, 8),
-}
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
-
-
-def measured(targets: dict[str, tuple[int, Ports]], rounds: int) -> None:
-    for name, (test, size) in TESTS.items():
-        rates: dict[str, list[float]] = {target: [] for target in targets}
-        costs: dict[str, list[float]] = {target: [] for target in targets}
-        for _ in range(rounds):  # interleaved, for others may use the machine
-            for target, (pid, ports) in targets.items():
-                if test is datagrams and len(ports) < 3:
-                    continue
-                before = cpu_seconds(pid)
-                rates[target].append(test(ports, size))
-                used = cpu_seconds(pid) - before
-                costs[target].append(used / (rates[target][-1] * SECONDS) * 1e6)
-        report(name, rates, costs)
-
-
-def report(name: str, rates: dict[str, list[float]], costs: dict[str, list[float]]) -> None:
-    direct = rates["direct"]
-    line = f"{name:<31}direct {median(direct):9,.0f}"
-    for target, found in rates.items():
-        if target != "direct" and found:
-            ratio = median(rate / base for rate, base in zip(found, direct, strict=True))
-            line += f" | {target} {ratio:.2f} of it, {median(costs[target]):5.0f} us CPU each"
-    if rates.get("haproxy"):
-        pairs = zip(rates["pyproxy"], rates["haproxy"], strict=True)
-        line += f" | pyproxy/haproxy {median(own / other for own, other in pairs):.2f}"
-    print(line, flush=True)
-
-
-def main(rounds: int) -> None:
+def measure(options: argparse.Namespace) -> Figures:
+    results: Figures = {}
     with ExitStack() as stack:
-        pid, ports = stack.enter_context(running("backend"))
-        targets = {"direct": (pid, ports), "pyproxy": stack.enter_context(running("proxy", *ports))}
+        backend = stack.enter_context(running("backend"))
+        targets = {"direct": backend}
+        targets["pyproxy"] = stack.enter_context(running("relay", *backend.ports))
         if shutil.which("haproxy"):
-            targets["haproxy"] = stack.enter_context(haproxy(ports))
-        measured(targets, rounds)
+            targets["haproxy"] = stack.enter_context(haproxy(backend.ports))
+        if shutil.which("nginx") and (NGINX_MODULES / "ngx_stream_module.so").exists():
+            targets["nginx"] = stack.enter_context(nginx(backend.ports))
+        print("missing:", *(set(PEERS) - targets.keys()) or ["nothing"])
+        for name, test in TESTS.items():
+            if options.only in name:
+                able = {k: t for k, t in targets.items() if t.ports.datagrams or "UDP" not in name}
+                results[name] = figures(measured(test, able, options.rounds))
+                show(name, test.words, results[name])
+        if options.only in "stalled reader":
+            results["stalled reader"] = stalled(targets)
+    return results
+
+
+def stalled(targets: Mapping[str, Target]) -> dict[str, float]:
+    """Return the MiB that are on their way to a reader that reads nothing, and the proxy's part."""
+    result = {}
+    for name, target in targets.items():
+        taken, grown = stalled_bytes(target)
+        result[f"{name} MiB"] = taken / MIB
+        if name != "direct":
+            result[f"{name} memory MiB"] = grown / MIB
+    words = " | ".join(f"{name} {size:.1f}" for name, size in result.items())
+    print(f"stalled reader: {words}", flush=True)
+    return result
+
+
+def show(name: str, unit: str, found: Mapping[str, float]) -> None:
+    print(f"{name}: direct {found['direct rate']:.2f} x {unit}/s")
+    for proxy in ("pyproxy", *PEERS):
+        if f"{proxy} rate" in found:
+            line = f"  {proxy:<8}{found[f'{proxy} rate']:8.2f} x {unit}/s"
+            line += f"{found[f'{proxy}/direct']:7.2f} of direct"
+            line += f"{found[f'{proxy} cpu'] * 1000:9.1f} ms CPU for {unit}"
+            if proxy != "pyproxy":
+                line += f"   pyproxy has {found[f'pyproxy/{proxy}']:.2f} of its rate"
+                line += f" for {found[f'pyproxy/{proxy} cpu']:.2f} of its CPU"
+            print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="", help="a word of the names of tests")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--chart", type=Path, help="a PNG; it needs the extra `bench`")
+    options = parser.parse_args()
+    results = measure(options)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.chart:
+        draw_ratios(results, ("pyproxy/haproxy", "pyproxy/nginx"), options.chart)
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["backend"]:
-            uvloop.run(backend())
-        case ["proxy", *words]:
-            uvloop.run(proxy([int(word) for word in words]))
-        case words:
-            main(int(words[0]) if words else 3)
+    main()

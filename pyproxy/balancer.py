@@ -14,6 +14,9 @@ from pyproxy.model import Address, Pool, Scheduler
 
 LONGEST_TURN = 1024  # picks; heavier weights are scaled down to it
 NOBODY: frozenset[Address] = frozenset()
+# Schedulers that differ only in the kernel's virtual servers.
+BY_CLIENT: frozenset[Scheduler | None] = frozenset({"sh", "dh", "mh"})
+BY_CONNECTIONS: frozenset[Scheduler | None] = frozenset({"lc", "wlc", "sed", "nq"})
 
 
 class Picker:
@@ -72,7 +75,7 @@ class Picker:
         return address
 
     def opened(self, backend: Address) -> None:
-        """Count a connection that now exists; ``lc`` looks at the counts."""
+        """Count a connection that now exists; some schedulers look at the counts."""
         self._open[backend] = self._open.get(backend, 0) + 1
 
     def closed(self, backend: Address) -> None:
@@ -88,9 +91,9 @@ class Picker:
             return turn.another(avoid)
         if scheduler == "random":
             return turn.cycle[self._choose(len(turn.cycle))]
-        if scheduler == "sh":
+        if scheduler in BY_CLIENT:
             return turn.cycle[crc32(client.encode()) % len(turn.cycle)]
-        if scheduler == "lc":
+        if scheduler in BY_CONNECTIONS:
             return self._least_connected(turn)
         return turn.next()
 

@@ -7,7 +7,7 @@ so once, by ``ip.canonical_ip``; only source ranges keep the types of ``ipaddres
 
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from msgspec import Struct
 
@@ -15,19 +15,15 @@ Family = Literal[4, 6]
 Proto = Literal["TCP", "UDP", "SCTP"]
 Network = IPv4Network | IPv6Network
 FrontendKind = Literal["ClusterIP", "ExternalIP", "LoadBalancer", "NodePort"]
-Scheduler = Literal["rr", "wrr", "random", "lc", "sh"]
-
-FAMILIES: tuple[Family, ...] = (4, 6)
-PROTOS: tuple[Proto, ...] = ("TCP", "UDP", "SCTP")
-SCHEDULERS: tuple[Scheduler, ...] = ("rr", "wrr", "random", "lc", "sh")
+Scheduler = Literal["rr", "wrr", "random", "lc", "wlc", "sh", "dh", "mh", "sed", "nq"]
 # Who carries what pods and the node send to a load balancer's address: this node, the load
 # balancer, or the one where an endpoint is here and else the other.
 BalancerTraffic = Literal["short-circuit", "pass-through", "local-else-pass-through"]
-BALANCER_TRAFFIC: tuple[BalancerTraffic, ...] = (
-    "short-circuit",
-    "pass-through",
-    "local-else-pass-through",
-)
+
+FAMILIES: tuple[Family, ...] = (4, 6)
+PROTOS: tuple[Proto, ...] = ("TCP", "UDP", "SCTP")
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
+BALANCER_TRAFFIC: tuple[BalancerTraffic, ...] = get_args(BalancerTraffic)
 
 
 def family_of(ip: str) -> Family:
@@ -121,6 +117,11 @@ class Service(Struct, frozen=True):
     balancer_traffic: BalancerTraffic | None = None  # None: ipMode says it
     cloud_traffic: BalancerTraffic | None = None  # as a cloud's annotation has it
     warnings: tuple[str, ...] = ()  # what was wrong with it and ignored, for the log
+    # What nothing depends on, and people ask about.
+    resource_version: str = ""
+    selector: str = ""  # as kubectl prints it; empty: whoever made its slices chose
+    hostnames: tuple[str, ...] = ()  # of status, where there is no address
+    elb_class: str = ""  # annotation kubernetes.io/elb.class
 
 
 class Endpoint(Struct, frozen=True, gc=False):
@@ -146,6 +147,7 @@ class EndpointSlice(Struct, frozen=True):
     endpoints: Mapping[PortKey, tuple[Endpoint, ...]]
     triggered_at: float | None = None  # annotation last-change-trigger-time, Unix seconds
     warnings: tuple[str, ...] = ()
+    resource_version: str = ""
 
 
 class Node(Struct, frozen=True):

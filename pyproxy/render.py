@@ -8,15 +8,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from pyproxy.cache import Cache
 from pyproxy.config import (
     Config,
-    detect_node_ips,
-    gate,
     local_cidr,
     masquerade_all,
     networks_of,
@@ -42,16 +40,15 @@ from pyproxy.model import (
     PortPlan,
     Route,
     ServiceCIDR,
-    Upsert,
     family_of,
 )
-from pyproxy.plan import Plan, Planner, Site
-from pyproxy.rules import iptables, iptables_file, nft_base, nft_text
+from pyproxy.offline import family_view, node_in
+from pyproxy.plan import Plan
+from pyproxy.rules import iptables, iptables_file, ipvs, ipvs_base, nft_base, nft_file
+from pyproxy.rules import ipvs_text as ipvs_file
 from pyproxy.rules.listeners import stance
-from pyproxy.rules.nft import Chain, Element, Rule, Set, packed_ip
 from pyproxy.rules.nft_affinity import Content
 from pyproxy.rules.nftables import Item, Ruleset, compile_owner
-from pyproxy.topology import Place
 
 STDIN = "-"
 DEFAULT_MODE = "nftables"
@@ -142,8 +139,6 @@ def rendered(
 ) -> Rendered:
     """Read the files and return their rules. Raises ``RenderError``."""
     mode = DEFAULT_MODE if config.mode == "auto" else config.mode
-    if mode not in RENDERERS:
-        raise RenderError(f"mode: {mode} cannot be rendered; there is: {', '.join(RENDERERS)}")
     if not wanted.files:
         raise RenderError("-f is missing: give a file or a directory of manifests, or - for stdin")
     cidrs = tuple(cidr for text in service_cidrs if (cidr := parse_network(text)) is not None)
@@ -220,8 +215,7 @@ def rules_text(mode: str, objects: Objects, settings: Settings) -> str:
 def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]:
     """Plan the objects for each family."""
     config = with_mode(settings.config, mode)
-    nodes = [obj for obj in objects.get("Node", ()) if isinstance(obj, Node)]
-    node = next((n for n in nodes if n.name == settings.node_name), Node(settings.node_name))
+    node = node_in(objects, settings.node_name)
     cidrs = {
         cidr
         for obj in objects.get("ServiceCIDR", ())
@@ -229,31 +223,15 @@ def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]
         for cidr in obj.cidrs
     }
     return tuple(
-        Scene(family, planned(family, objects, config, node), config, node, tuple(sorted(cidrs)))
+        Scene(
+            family,
+            family_view(family, objects, config, node).plan,
+            config,
+            node,
+            tuple(sorted(cidrs)),
+        )
         for family in settings.families
     )
-
-
-def planned(family: Family, objects: Objects, config: Config, node: Node) -> Plan:
-    cache = Cache(
-        family,
-        allow_external_ips=gate(config, "AllowServiceExternalIPs"),
-        cloud=config.cloud_annotations,
-    )
-    planner = Planner()
-    kinds: tuple[Kind, ...] = ("Service", "EndpointSlice")
-    for kind in kinds:
-        for obj in objects.get(kind, ()):
-            cache.apply(Upsert(kind, obj))
-    ips = detect_node_ips(config, node.ips)
-    site = Site(
-        place=Place(node.name, node.zone),
-        node_ip=ips.ip4 if family == 4 else ips.ip6,
-        detects_pods=local_cidr(config, family, node) is not None,
-        masquerade_all=masquerade_all(config, config.mode),
-    )
-    planner.update(cache.owners(), cache, site)
-    return planner.plan
 
 
 def by_owner(plan: Plan) -> list[PortPlan]:
@@ -270,48 +248,18 @@ def nft_table_text(scene: Scene) -> str:
     items: dict[Item, Content] = {}
     for port in by_owner(scene.plan):
         items |= compile_owner(ruleset, port, {})
-    chains: dict[str, tuple[Rule, ...]] = {}
-    affinity_sets: dict[str, Set] = {}
-    elements: dict[str, dict[bytes, Element]] = {
-        "node-port-ips": {
-            (key := packed_ip(ip)): Element(key) for ip in ruleset.node_port_ips or ()
-        }
-    }
-    for item, content in items.items():
-        if isinstance(content, tuple):
-            chains[str(item.key)] = content
-        elif isinstance(content, Set):
-            affinity_sets[content.name] = content
-        else:
-            element = element_of(item, content)
-            elements.setdefault(item.container, {})[element.key + (element.key_end or b"")] = (
-                element
-            )
-    names = sorted(chains)
-    return nft_text.text(
-        nft_base.table(scene.family),
-        [*nft_base.CHAINS, *map(Chain, names)],
-        [*nft_base.sets(scene.family), *(affinity_sets[name] for name in sorted(affinity_sets))],
-        [*nft_base.rules(ruleset), *(rule for name in names for rule in chains[name])],
-        {name: tuple(found.values()) for name, found in elements.items()},
-    )
-
-
-def element_of(item: Item, content: bytes | Element) -> Element:
-    if isinstance(content, Element):
-        return content
-    assert isinstance(item.key, bytes), "only chains and sets go by names"
-    return Element(item.key, data=content or None)
+    return nft_file.file(nft_base, ruleset, items)
 
 
 def nft_ruleset(scene: Scene) -> Ruleset:
     config, family = scene.config, scene.family
     ranges = node_port_cidrs(config, family, scene.node.ips)
+    block = config.nftables if config.mode == "nftables" else config.iptables
     return Ruleset(
         family=family,
-        mark=1 << config.nftables.masquerade_bit,
+        mark=1 << block.masquerade_bit,
         pods=local_cidr(config, family, scene.node),
-        masquerade_all=masquerade_all(config, "nftables"),
+        masquerade_all=masquerade_all(config, config.mode),
         node_port_ips=None if ranges is None else serving(scene.node, family, ranges),
         service_cidrs=networks_of(scene.service_cidrs, family),
     )
@@ -349,6 +297,29 @@ def iptables_ruleset(scene: Scene) -> iptables.Ruleset:
         node_port_ips=None if ranges is None else serving(scene.node, family, ranges),
         localhost_node_ports=localhost,
     )
+
+
+def ipvs_text(found: Iterable[Scene]) -> str:
+    """Return input of ``ipvsadm -R``, whose lines begin with -A or -a, and then of ``nft -f``."""
+    servers, tables = [], []
+    for scene in found:
+        ruleset = ipvs_ruleset(scene)
+        items: ipvs.Items = {}
+        for port in by_owner(scene.plan):
+            items |= ipvs.compile_owner(ruleset, port, {})
+        servers.append(ipvs_file.text(items))
+        own = {key: items[key] for key in items if isinstance(key, Item)}
+        tables.append(nft_file.file(ipvs_base, ruleset.table, cast(Mapping[Item, Content], own)))
+    return "\n".join(["".join(servers), *tables])
+
+
+def ipvs_ruleset(scene: Scene) -> ipvs.Ruleset:
+    config, family = scene.config, scene.family
+    ranges = node_port_cidrs(config, family, scene.node.ips) or ()
+    own = tuple(sorted(ip for ip in scene.node.ips if family_of(ip) == family))
+    node_ips = serving(scene.node, family, ranges) if ranges else own
+    table = replace(nft_ruleset(scene), node_port_ips=node_ips)
+    return ipvs.Ruleset(table, node_ips, config.ipvs.scheduler or ipvs.FALLBACK)
 
 
 def listeners_table(found: Iterable[Scene]) -> str:
@@ -409,5 +380,6 @@ def line(row: ListenerRow, widths: Sequence[int]) -> str:
 RENDERERS: Mapping[str, Callable[[Sequence[Scene]], str]] = {
     "nftables": nftables_text,
     "iptables": iptables_text,
+    "ipvs": ipvs_text,
     "userspace": listeners_table,
 }

@@ -3,10 +3,13 @@
 import asyncio
 import os
 import selectors
+from pathlib import Path
 
 import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
+
+from pyproxy.proxier import _socketlb_site
 
 settings.register_profile(
     "default",
@@ -60,6 +63,12 @@ def pytest_asyncio_loop_factories(config, item):
     if item.get_closest_marker("jumping"):
         return {"jumping": JumpingLoop}
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def _never_the_whole_machine(monkeypatch):
+    """Let no test attach programs to the root cgroup: they see every process of the machine."""
+    monkeypatch.setattr(_socketlb_site, "HOST_ONLY", Path("/nowhere"))
 
 
 @pytest.fixture

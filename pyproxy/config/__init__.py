@@ -25,7 +25,13 @@ METRICS_PORT: Final = 10249
 Seconds = Annotated[float, Meta(title="duration")]
 Quantity = Annotated[str, Meta(title="quantity")]  # a number of bytes, such as 64Ki
 
-_UPPERCASE_WORDS: Final = {"cidr": "CIDR", "cidrs": "CIDRs", "arp": "ARP", "dsr": "DSR"}
+_UPPERCASE_WORDS: Final = {
+    "cidr": "CIDR",
+    "cidrs": "CIDRs",
+    "arp": "ARP",
+    "dsr": "DSR",
+    "lb": "LB",
+}
 S = TypeVar("S", bound=Struct)
 
 
@@ -87,7 +93,10 @@ class IPTables(Struct, frozen=True, rename=file_name):
 
 
 class IPVS(Struct, frozen=True, rename=file_name):
-    """Mode ipvs. A timeout of zero leaves the kernel's."""
+    """Mode ipvs. A timeout of zero leaves the kernel's.
+
+    The last two settings are our own: kube-proxy has none of these names.
+    """
 
     sync_period_seconds: Seconds = 30.0
     min_sync_period_seconds: Seconds = 0.0
@@ -97,6 +106,8 @@ class IPVS(Struct, frozen=True, rename=file_name):
     tcp_timeout_seconds: Seconds = 0.0
     tcp_fin_timeout_seconds: Seconds = 0.0
     udp_timeout_seconds: Seconds = 0.0
+    bind_addresses: bool = False  # show Service addresses on the device kube-ipvs0
+    drain_timeout_seconds: Seconds = 900.0  # for the last connections of an endpoint; 0 cuts them
 
 
 class NFTables(Struct, frozen=True, rename=file_name):
@@ -106,6 +117,23 @@ class NFTables(Struct, frozen=True, rename=file_name):
     masquerade_all: bool = False
     sync_period_seconds: Seconds = 30.0
     min_sync_period_seconds: Seconds = 0.0
+
+
+Capture = Literal["auto", "sk_lookup", "tproxy", "listeners"]
+CAPTURES: Final[tuple[Capture, ...]] = ("auto", "sk_lookup", "tproxy", "listeners")
+SOCKET_LB: Final = ("auto", "off")
+
+
+class Userspace(Struct, frozen=True, rename=file_name):
+    """Mode userspace. A block of our own: kube-proxy has no such mode any more."""
+
+    capture: str = "auto"  # how packets for Services come to our sockets
+    workers: int = 0  # processes that carry traffic; 0 is one for each core
+    socket_lb: str = "auto"  # choose the endpoint when a socket connects, where the kernel can
+    cgroup: str = ""  # whose processes it is for; empty is the root, in the host's own namespace
+    keep_client_address: bool = True  # where the plan says so
+    drain_timeout_seconds: Seconds = 25.0  # less than the 30 s that Kubernetes gives a pod to end
+    runtime_dir: str = ""  # where a successor finds this process; empty is /run/pyproxy
 
 
 class Winkernel(Struct, frozen=True, rename=file_name):
@@ -154,6 +182,7 @@ class Config(Struct, frozen=True, rename=file_name):
     iptables: IPTables = IPTables()
     ipvs: IPVS = IPVS()
     nftables: NFTables = NFTables()
+    userspace: Userspace = Userspace()
     winkernel: Winkernel = Winkernel()
     detect_local_mode: str = "ClusterCIDR"
     detect_local: DetectLocal = DetectLocal()
@@ -181,6 +210,8 @@ _ZERO_MEANS_DEFAULT: Final = (
     "iptables.min_sync_period_seconds",
     "ipvs.sync_period_seconds",
     "nftables.sync_period_seconds",
+    "userspace.capture",
+    "userspace.socket_lb",
     "detect_local_mode",
     "config_sync_period_seconds",
 )

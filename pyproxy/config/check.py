@@ -7,14 +7,17 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from pyproxy.config import (
+    CAPTURES,
     CLOUDS,
     DETECT_LOCAL_MODES,
     GATES,
     IPVS,
     MODES,
     PRIMARY,
+    SOCKET_LB,
     Config,
     LogOptions,
+    Userspace,
     VModule,
     Winkernel,
     cluster_cidrs,
@@ -41,6 +44,7 @@ _RANGES: Final = (
     ("iptables.masquerade_bit", 0, 31),
     ("nftables.masquerade_bit", 0, 31),
     ("oom_score_adj", -1000, 1000),
+    ("userspace.workers", 0, 256),
 )
 _NOT_NEGATIVE: Final = (
     "client_connection.burst",
@@ -52,11 +56,13 @@ _NOT_NEGATIVE: Final = (
     "conntrack.tcp_close_wait_timeout_seconds",
     "conntrack.udp_timeout_seconds",
     "conntrack.udp_stream_timeout_seconds",
+    "userspace.drain_timeout_seconds",
 )
 _NOT_NEGATIVE_IN_IPVS: Final = (
     "ipvs.tcp_timeout_seconds",
     "ipvs.tcp_fin_timeout_seconds",
     "ipvs.udp_timeout_seconds",
+    "ipvs.drain_timeout_seconds",
 )
 _NEEDED_TO_DETECT: Final = {
     "BridgeInterface": "detect_local.bridge_interface",
@@ -140,6 +146,15 @@ def _address_problems(config: Config) -> Iterator[str]:
 def _mode_problems(config: Config) -> Iterator[str]:
     if config.mode not in MODES:
         yield f"mode: {_not_one_of(config.mode, MODES)}"
+    own = config.userspace
+    if own.capture not in CAPTURES:
+        yield f"userspace.capture: {_not_one_of(own.capture, CAPTURES)}"
+    if own.socket_lb not in SOCKET_LB:
+        yield f"userspace.socketLB: {_not_one_of(own.socket_lb, SOCKET_LB)}"
+    if own.cgroup and not own.cgroup.startswith("/"):
+        yield f'userspace.cgroup: "{own.cgroup}" is not an absolute path'
+    if own.runtime_dir and not own.runtime_dir.startswith("/"):
+        yield f'userspace.runtimeDir: "{own.runtime_dir}" is not an absolute path'
 
 
 def _period_problems(config: Config) -> Iterator[str]:
@@ -257,6 +272,8 @@ def _warnings(config: Config) -> Iterator[str]:
         yield f'featureGates: "{name}" means nothing here{did_you_mean(name, GATES)}'
     if config.mode not in ("auto", "ipvs") and _ipvs_is_set(config.ipvs):
         yield f"ipvs: is accepted, and has no effect in mode {config.mode}"
+    if config.mode not in ("auto", "userspace") and config.userspace != Userspace():
+        yield f"userspace: is accepted, and has no effect in mode {config.mode}"
     if config.winkernel != Winkernel() or config.windows_run_as_service:
         yield "winkernel: is accepted, and has no effect on Linux"
     if config.port_range:

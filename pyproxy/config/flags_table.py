@@ -21,6 +21,7 @@ from pyproxy.config.flags_kinds import (
     Flag,
     Group,
 )
+from pyproxy.config.flags_userspace import USERSPACE
 
 LOGGING: Final = Group(
     "Logging (these win over the file)",
@@ -220,6 +221,20 @@ GROUPS: Final = (
                 "Mode ipvs: the same, for UDP.",
             ),
             Flag(
+                "ipvs-bind-addresses",
+                BOOL,
+                "ipvs.bind_addresses",
+                "Mode ipvs: show Service addresses on the device kube-ipvs0, for tools that look "
+                "there.",
+            ),
+            Flag(
+                "ipvs-drain-timeout",
+                DURATION,
+                "ipvs.drain_timeout_seconds",
+                "Mode ipvs: how long an endpoint that goes keeps its last connections; 0 cuts "
+                "them at once.",
+            ),
+            Flag(
                 "conntrack-max-per-core",
                 INTEGER,
                 "conntrack.max_per_core",
@@ -371,6 +386,13 @@ GROUPS: Final = (
             ),
             Flag("service-cidr", CIDRS, "", "With --manifests: the ranges of cluster IPs."),
             Flag(
+                "control-socket",
+                STRING,
+                "",
+                "Where commands such as pyproxy explain are answered, to root; empty: nowhere.",
+                placeholder="PATH",
+            ),
+            Flag(
                 "state-dir",
                 STRING,
                 "",
@@ -388,6 +410,7 @@ GROUPS: Final = (
             Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
         ),
     ),
+    USERSPACE,
     Group(
         "Deprecated",
         (

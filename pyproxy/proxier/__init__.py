@@ -49,6 +49,10 @@ class Mode(Protocol):
         """Say why this node cannot run the mode; None if it can."""
         ...
 
+    def settled(self, config: Config) -> Config:
+        """Return the settings with what ``auto`` means on this node. Raises ``LookupError``."""
+        ...
+
     def prepare(self, config: Config) -> tuple[str, ...]:
         """Set what the mode needs of the kernel and outlives it; return what could not be set."""
         ...
@@ -57,7 +61,7 @@ class Mode(Protocol):
         """Return the proxier of one family. It opens nothing: the first sync does."""
         ...
 
-    async def cleanup(self, family: Family, *, ours: bool = True) -> str | None:
+    async def cleanup(self, family: Family, config: Config, /, *, ours: bool = True) -> str | None:
         """Remove every trace of the mode and of its like in kube-proxy; return what went wrong.
 
         Without ``ours``, remove only what kube-proxy alone can have left.

@@ -1,16 +1,30 @@
-"""The frontends of the userspace mode that exist: sockets, guards, and who owns them."""
+"""The frontends of the userspace mode that exist: sockets, guards, and who owns them.
+
+Those that the capture takes have no socket of their own; all others do.
+"""
 
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from socket import SocketType
 
 from msgspec import Struct
 
 from pyproxy.balancer import Picker
-from pyproxy.model import Family, Frontend, ServicePortName
-from pyproxy.proxier._sockets import attach_guard, detach_guard, listening, why_not
+from pyproxy.model import Family, Frontend, Proto, ServicePortName
+from pyproxy.proxier._capture import Capture
+from pyproxy.proxier._datagrams import Datagrams
+from pyproxy.proxier._sockets import (
+    attach_guard,
+    check_free,
+    destination,
+    detach_guard,
+    listening,
+    why_not,
+)
 from pyproxy.proxier._tcp import TcpFront, TcpRelay
 from pyproxy.proxier._udp import UdpFront, UdpRelay
+from pyproxy.reconcile import Difference
 from pyproxy.rules.guard import DROP_ALL, Program, guard
 from pyproxy.rules.listeners import (
     Listener,
@@ -30,16 +44,25 @@ class Held(Struct):
 
     listener: Listener
     front: TcpFront | UdpFront | None
+    taken: bool  # by the capture
     foreign: bool = False  # nothing but the port makes the address ours
 
 
 class Fronts:
     """All frontends of one family, by where they are and by owner."""
 
-    def __init__(self, family: Family, tcp: TcpRelay, udp: UdpRelay) -> None:
+    def __init__(self, family: Family, tcp: TcpRelay, udp: UdpRelay, capture: Capture) -> None:
         self._family = family
         self._tcp = tcp
         self._udp = udp
+        self.capture = capture
+        self._outdated: list[TcpFront | UdpFront] = []  # until the capture leads elsewhere
+        self._datagrams: Datagrams | None = None
+        self.sockets: list[socket.socket] = []  # where the capture brings connections to
+        if capture.sockets is not None:
+            self.sockets.append(capture.sockets.tcp)
+            tcp.listen(capture.sockets.tcp, self)
+            self._datagrams = Datagrams(udp.poller, capture.sockets.udp, self.udp_front)
         self._held: dict[Frontend, Held] = {}
         self._of_owner: dict[ServicePortName, dict[Frontend, Listener]] = {}
         self._around = Surroundings()
@@ -57,6 +80,18 @@ class Fronts:
     def of(self, owner: ServicePortName) -> dict[Frontend, Listener]:
         return self._of_owner.get(owner, {})
 
+    def differing(self, frontend: Frontend, listener: Listener) -> Iterator[Difference]:
+        """Yield how a frontend differs from what it should be; sockets are asked themselves."""
+        held = self._held.get(frontend)
+        does = stance(listener.route)
+        if held is None or held.listener != listener:
+            there = stance(held.listener.route) if held is not None else None
+            yield Difference(f"frontend {frontend}", does, there)
+        elif does != "refuse" and held.front is not None:
+            sockets = self.sockets if held.taken and frontend.proto == "TCP" else held.front.sockets
+            if not all(map(is_open, sockets)):
+                yield Difference(f"socket of {frontend}", does, None)
+
     def put(self, frontend: Frontend, listener: Listener, picker: Picker) -> str | None:
         """Make a frontend so; return why it cannot be, and then there is none.
 
@@ -64,44 +99,79 @@ class Fronts:
         """
         if frontend.proto == "SCTP":
             return "SCTP is for the kernel modes: nftables, iptables or ipvs"
-        held = self._held.get(frontend)
-        front = held.front if held is not None else None
+        before = self._held.get(frontend)
+        front = before.front if before is not None else None
+        taken = self.capture.takes(listener.route)
         foreign = self._is_foreign(frontend, listener)
-        if front is not None and held is not None and held.foreign != foreign:
-            front.close()
-            front = None
-        if stance(listener.route) == "refuse":
-            if front is not None:
-                front.close()
-            front = None
-        else:
-            try:
-                front = self._served(frontend, front, listener, picker)
-            except OSError as error:
-                self.close(frontend)
-                return why_not(error, frontend.port)
-        self._own(frontend, listener, held)
-        self._held[frontend] = Held(listener, front, foreign)
+        held = Held(listener, front, taken, foreign)
+        if front is not None and before is not None and must_reopen(before, held):
+            self._outdated.append(front)
+            held.front = None
+        try:
+            if taken and (before is None or not before.taken):
+                self._check_free(frontend)
+            self._serve(frontend, held, picker)
+            self._held[frontend] = held
+            self._own(frontend, listener, before)
+            self.capture.put(frontend, listener.route)
+        except OSError as error:
+            self.close(frontend)
+            return why_not(error, frontend.port)
         return None
 
-    def _served(
-        self,
-        frontend: Frontend,
-        front: TcpFront | UdpFront | None,
-        listener: Listener,
-        picker: Picker,
-    ) -> TcpFront | UdpFront:
-        if front is None:
-            return self._open(frontend, listener, picker)
-        front.update(listener, picker)
-        self._protect(front.sockets, listener)
-        return front
+    def _serve(self, frontend: Frontend, held: Held, picker: Picker) -> None:
+        """Open what a frontend needs, or bring up to date what is open. Raises ``OSError``."""
+        front, listener = held.front, held.listener
+        if stance(listener.route) == "refuse":
+            held.front = None
+            if front is not None:
+                front.close()
+        elif front is None:
+            held.front = self._open(frontend, held, picker)
+        else:
+            front.update(listener, picker)
+            if not held.taken:
+                self._protect(front.sockets, listener)
+
+    def commit(self) -> None:
+        """Have all changes in effect, and close what they replace. Raises ``OSError``."""
+        self.capture.commit()
+        for front in self._outdated:
+            front.close()
+        self._outdated.clear()
+
+    def front_of(self, client: SocketType) -> TcpFront | None:
+        """Return the frontend that a client wants who came by the shared socket."""
+        ip, port = client.getsockname()[:2]
+        front = self._front(ip, port, "TCP")
+        return front if isinstance(front, TcpFront) else None
+
+    def udp_front(self, local: bytes) -> UdpFront | None:
+        """Return the frontend that a datagram is for, by ``original_destination``."""
+        front = self._front(*destination(local), "UDP")
+        return front if isinstance(front, UdpFront) else None
+
+    def _front(self, ip: str, port: int, proto: Proto) -> TcpFront | UdpFront | None:
+        held = self._held.get(Frontend(ip, port, proto)) or self._held.get(
+            Frontend("", port, proto)
+        )
+        return held.front if held is not None else None
+
+    def aclose(self) -> None:
+        """Let nobody in any more by the shared sockets, and close these."""
+        for sock in self.sockets:
+            self._tcp.unlisten(sock)
+        self.sockets.clear()
+        if self._datagrams is not None:
+            self._datagrams.close()
+        self.capture.close()
 
     def close(self, frontend: Frontend) -> ServicePortName | None:
         """Let go of a frontend; return whose it was."""
         held = self._held.pop(frontend, None)
         if held is None:
             return None
+        self.capture.drop(frontend)
         if held.front is not None:
             held.front.close()
         self._disown(frontend, held.listener.owner)
@@ -111,28 +181,28 @@ class Fronts:
         """Take in that the node's addresses are others: guards, and where node ports listen."""
         moved = node_port_ips != self._node_port_ips
         self._around, self._node_port_ips = around, node_port_ips
+        self.capture.surround(around, node_port_ips)
         for frontend, held in list(self._held.items()):
-            if held.front is None:
+            if held.front is None or held.taken:
                 continue
-            picker, stays = held.front.picker, bool(frontend.ip) or not moved
-            if not stays:
+            picker = held.front.picker
+            if moved and not frontend.ip:
                 held.front.close()
+                held.front = None
             try:
-                held.front = self._served(
-                    frontend, held.front if stays else None, held.listener, picker
-                )
+                self._serve(frontend, held, picker)
             except OSError as error:
                 self.close(frontend)
                 problem = why_not(error, frontend.port)
                 log.error("not served", extra={"frontend": str(frontend), "error": problem})
 
-    def _open(self, frontend: Frontend, listener: Listener, picker: Picker) -> TcpFront | UdpFront:
-        wildcard = not frontend.ip and self._node_port_ips is None
-        ips: Sequence[str] = [frontend.ip]
-        if not frontend.ip:
-            ips = self._node_port_ips or () if not wildcard else [WILDCARD[self._family]]
+    def _open(self, frontend: Frontend, held: Held, picker: Picker) -> TcpFront | UdpFront:
         sockets: list[socket.socket] = []
-        program = self._program(listener)
+        if held.taken:
+            return self._front_with(frontend, held, (), picker)
+        ips = self._ips(frontend)
+        program = self._program(held.listener)
+        wildcard = WILDCARD[self._family] in ips
         try:
             sockets.extend(
                 listening(
@@ -141,7 +211,7 @@ class Fronts:
                     frontend.proto,
                     program,
                     wildcard=wildcard,
-                    transparent=self._is_foreign(frontend, listener),
+                    transparent=held.foreign,
                 )
                 for ip in ips
             )
@@ -149,9 +219,32 @@ class Fronts:
             for sock in sockets:
                 sock.close()
             raise
+        return self._front_with(frontend, held, sockets, picker, wildcard=wildcard)
+
+    def _front_with(
+        self,
+        frontend: Frontend,
+        held: Held,
+        sockets: Sequence[socket.socket],
+        picker: Picker,
+        *,
+        wildcard: bool = False,
+    ) -> TcpFront | UdpFront:
         if frontend.proto == "TCP":
-            return TcpFront(self._tcp, sockets, listener, picker)
-        return UdpFront(self._udp, sockets, listener, picker, wildcard=wildcard)
+            return TcpFront(self._tcp, sockets, held.listener, picker)
+        return UdpFront(self._udp, sockets, held.listener, picker, wildcard=wildcard)
+
+    def _ips(self, frontend: Frontend) -> Sequence[str]:
+        """Return the addresses of a frontend; of a node port that is everywhere, the wildcard."""
+        if frontend.ip:
+            return (frontend.ip,)
+        return (WILDCARD[self._family],) if self._node_port_ips is None else self._node_port_ips
+
+    def _check_free(self, frontend: Frontend) -> None:
+        """See that no program of this node would lose its port to us. Raises ``OSError``."""
+        if not frontend.ip or frontend.ip in self._around.node_ips:
+            for ip in self._ips(frontend):
+                check_free(ip, frontend.port, frontend.proto)
 
     def _is_foreign(self, frontend: Frontend, listener: Listener) -> bool:
         own = self._around.node_ips
@@ -188,3 +281,16 @@ class Fronts:
         del frontends[frontend]
         if not frontends:
             del self._of_owner[owner]
+
+
+def must_reopen(before: Held, after: Held) -> bool:
+    """Say whether what is open does not do any more."""
+    return before.taken != after.taken or (not after.taken and before.foreign != after.foreign)
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Say whether a socket is open, and listens if it is one for connections."""
+    if sock.fileno() < 0:
+        return False
+    is_stream = sock.type == socket.SOCK_STREAM
+    return not is_stream or bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

@@ -4,12 +4,16 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from socket import AF_INET6, inet_aton, inet_pton
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from pyproxy.model import Address, Family, Frontend, Proto
-from pyproxy.proxier._netlink import Message, Netlink, attribute, attributes
+from pyproxy.proxier._netlink import ATTRIBUTE, Message, Netlink, attribute, attributes
 from pyproxy.rules.ipvs import Destination, Server
 from pyproxy.rules.nft import PROTO_NUMBERS, packed_ip
 
@@ -23,8 +27,14 @@ NEW_DEST, SET_DEST, DEL_DEST, GET_DEST = 5, 6, 7, 8
 SET_CONFIG = 12
 SERVICE, DEST, TIMEOUT_TCP, TIMEOUT_TCP_FIN, TIMEOUT_UDP = 1, 2, 4, 5, 6
 AF, PROTOCOL, ADDR, PORT, FWMARK, SCHEDULER, FLAGS, TIMEOUT, NETMASK = range(1, 10)
+STATS, STATS64 = 10, 12  # of servers and of destinations alike; the second since Linux 4.1
+COUNTERS = range(1, 6)
 D_ADDR, D_PORT, D_METHOD, D_WEIGHT, D_UPPER, D_LOWER, D_ACTIVE, D_INACTIVE = range(1, 9)
 PERSISTENT = 0x1
+# Flags that schedulers give a meaning to. Without the first, connections that hash to a
+# destination of weight 0 are refused; kube-proxy has mh mind the client's port too.
+FALL_BACK, BY_PORT = 0x8, 0x10
+SCHEDULER_FLAGS: Mapping[str, int] = {"sh": FALL_BACK, "mh": FALL_BACK | BY_PORT}
 # The third flag that schedulers may give a meaning to, and none does: it tells, in the kernel
 # itself, which virtual servers are ours.
 OURS = 0x20
@@ -32,9 +42,15 @@ AT_ONCE = 512  # messages of one send
 
 GENERIC = struct.Struct("=BBH")
 U32 = struct.Struct("=I")
-# Attribute DEST in one go, for they are most of all messages: each attribute's length and kind.
-DEST_PLACE = struct.Struct("=HH HH16s HH2s2x")
-DEST_WHOLE = struct.Struct("=HH HH16s HH2s2x HHI HHI HHI HHI")
+# Attribute DEST in one go, for they are most of all messages: what is the same in all of them is
+# packed once. Of the whole, 64 bytes, only address, port and weight differ.
+DEST_PLACE = struct.Struct("=8s16s4s2s2x")
+DEST_WHOLE = struct.Struct("=8s16s4s2s2x12sI16s")
+ADDRESS_HEAD, PORT_HEAD = ATTRIBUTE.pack(20, D_ADDR), ATTRIBUTE.pack(6, D_PORT)
+PLACE_HEAD = ATTRIBUTE.pack(DEST_PLACE.size, DEST) + ADDRESS_HEAD
+WHOLE_HEAD = ATTRIBUTE.pack(DEST_WHOLE.size, DEST) + ADDRESS_HEAD
+METHOD = attribute(D_METHOD, bytes(4)) + ATTRIBUTE.pack(8, D_WEIGHT)  # masquerading
+LIMITS = attribute(D_UPPER, bytes(4)) + attribute(D_LOWER, bytes(4))  # none
 AFS: Mapping[Family, int] = {4: socket.AF_INET, 6: socket.AF_INET6}
 PROTOS: Mapping[int, Proto] = {number: proto for proto, number in PROTO_NUMBERS.items()}
 ANY_HOST: Mapping[Family, int] = {4: 0xFFFFFFFF, 6: 128}  # a netmask, and a prefix length
@@ -47,8 +63,25 @@ class Busy(NamedTuple):
     active: int
     inactive: int  # closed, or half closed
 
+    def is_idle(self, *, doomed: bool) -> bool:
+        """Say whether it may go: of a server that goes too, half closed connections are cut.
 
-class Request(NamedTuple):
+        They take minutes, through which its address would be refused by this node.
+        """
+        return not self.active and (doomed or not self.inactive)
+
+
+class Counts(NamedTuple):
+    """What the kernel counted; ``in`` is what clients sent."""
+
+    connections: int
+    packets_in: int
+    packets_out: int
+    bytes_in: int
+    bytes_out: int
+
+
+class Request(Struct, frozen=True, gc=False):
     """One change, and what it is about, for who reads that it failed."""
 
     command: int
@@ -82,24 +115,27 @@ class Ipvs:
     def servers(self, *, ours: bool = True) -> dict[Frontend, Server]:
         """Return the virtual servers of this family that are ours, or those that are not."""
         found: dict[Frontend, Server] = {}
-        for values in self._dump(GET_SERVICE, b"", SERVICE):
-            flags = U32.unpack_from(values.get(FLAGS, bytes(8)))[0]
-            proto = PROTOS.get(_u16(values.get(PROTOCOL)))
-            if proto and bool(flags & OURS) == ours and _u16(values.get(AF)) == AFS[self._family]:
-                seconds = U32.unpack(values[TIMEOUT])[0] if flags & PERSISTENT else None
-                frontend = Frontend(self._ip(values[ADDR]), _port(values[PORT]), proto)
-                name = values[SCHEDULER].rstrip(b"\0").decode()
-                found[frontend] = Server(name, seconds)
+        for frontend, values in self._servers(ours=ours):
+            flags = U32.unpack_from(values[FLAGS])[0]
+            seconds = U32.unpack(values[TIMEOUT])[0] if flags & PERSISTENT else None
+            found[frontend] = Server(values[SCHEDULER].rstrip(b"\0").decode(), seconds)
         return found
 
     def destinations(self, server: Frontend) -> dict[Address, Busy]:
         """Return the destinations of a virtual server; none if there is no such server."""
         found: dict[Address, Busy] = {}
-        for values in self._dump(GET_DEST, nested_place(server), DEST):
-            address = Address(self._ip(values[D_ADDR]), _port(values[D_PORT]))
+        for address, values in self._destinations(server):
             numbers = (values[kind] for kind in (D_WEIGHT, D_ACTIVE, D_INACTIVE))
             found[address] = Busy(*(U32.unpack(number)[0] for number in numbers))
         return found
+
+    def counters(self) -> dict[Frontend, Counts]:
+        """Return what went through each of our virtual servers since it was made."""
+        return {frontend: counts_of(values) for frontend, values in self._servers(ours=True)}
+
+    def destination_counters(self, server: Frontend) -> dict[Address, Counts]:
+        """Return what went to each destination of a virtual server since it was made."""
+        return {address: counts_of(values) for address, values in self._destinations(server)}
 
     def set_timeouts(self, tcp: int, tcp_fin: int, udp: int) -> None:
         """Set the times after which idle connections are forgotten; 0 leaves the kernel's."""
@@ -107,6 +143,18 @@ class Ipvs:
         for kind, seconds in ((TIMEOUT_TCP, tcp), (TIMEOUT_TCP_FIN, tcp_fin), (TIMEOUT_UDP, udp)):
             body += attribute(kind, U32.pack(seconds))
         self._must(Message(self._id, 0, body))
+
+    def _servers(self, *, ours: bool) -> Iterator[tuple[Frontend, dict[int, bytes]]]:
+        for values in self._dump(GET_SERVICE, b"", SERVICE):
+            proto = PROTOS.get(_u16(values.get(PROTOCOL)))  # of a firewall mark there is none
+            if proto and _u16(values.get(AF)) == AFS[self._family]:
+                flags = U32.unpack_from(values[FLAGS])[0]
+                if bool(flags & OURS) == ours:
+                    yield Frontend(self._ip(values[ADDR]), _port(values[PORT]), proto), values
+
+    def _destinations(self, server: Frontend) -> Iterator[tuple[Address, dict[int, bytes]]]:
+        for values in self._dump(GET_DEST, nested_place(server), DEST):
+            yield Address(self._ip(values[D_ADDR]), _port(values[D_PORT])), values
 
     def _dump(self, command: int, body: bytes, wanted: int) -> Iterator[dict[int, bytes]]:
         for answer in self._netlink.dump(self._id, GENERIC.pack(command, 1, 0) + body):
@@ -117,11 +165,11 @@ class Ipvs:
     def _family_id(self) -> int:
         body = GENERIC.pack(GETFAMILY, 1, 0)
         self._must(Message(CONTROLLER, 0, body + attribute(FAMILY_NAME, NAME)))  # loads the module
-        for answer in self._netlink.dump(CONTROLLER, body):
-            values = dict(attributes(answer, GENERIC.size))
-            if values.get(FAMILY_NAME) == NAME:
-                return _u16(values[FAMILY_ID])
-        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        answers = [dict(attributes(a, GENERIC.size)) for a in self._netlink.dump(CONTROLLER, body)]
+        ids = [_u16(values[FAMILY_ID]) for values in answers if values.get(FAMILY_NAME) == NAME]
+        if not ids:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return ids[0]
 
     def _must(self, message: Message) -> None:
         (code,) = self._netlink.carry_out([message])
@@ -161,11 +209,11 @@ def delete_destination(destination: Destination) -> Request:
 
 @lru_cache(maxsize=1024)
 def nested_place(frontend: Frontend) -> bytes:
+    """Return the attribute that says which virtual server is meant."""
     return attribute(SERVICE, place(frontend))
 
 
 def place(frontend: Frontend) -> bytes:
-    """Return the attributes that say which virtual server is meant."""
     family: Family = 6 if ":" in frontend.ip else 4
     return (
         attribute(AF, struct.pack("=H", AFS[family]))
@@ -177,25 +225,42 @@ def place(frontend: Frontend) -> bytes:
 
 def _server(frontend: Frontend, server: Server) -> bytes:
     family: Family = 6 if ":" in frontend.ip else 4
-    flags = OURS | (0 if server.affinity_seconds is None else PERSISTENT)
-    body = place(frontend) + attribute(SCHEDULER, server.scheduler.encode() + b"\0")
+    flags = OURS | SCHEDULER_FLAGS.get(server.scheduler, 0)
+    if server.affinity_seconds is not None:
+        flags |= PERSISTENT
+    body = nested_place(frontend)[ATTRIBUTE.size :] + attribute(
+        SCHEDULER, server.scheduler.encode() + b"\0"
+    )
     body += attribute(FLAGS, struct.pack("=II", flags, 0xFFFFFFFF))
     body += attribute(TIMEOUT, U32.pack(server.affinity_seconds or 0))
     return attribute(SERVICE, body + attribute(NETMASK, U32.pack(ANY_HOST[family])))
 
 
 def _destination(destination: Destination, weight: int | None) -> bytes:
-    ip, port = destination.address
-    head = nested_place(destination.server)
-    where = (20, D_ADDR, packed_ip(ip), 6, D_PORT, port.to_bytes(2, "big"))
+    (ip, port), head = destination.address, nested_place(destination.server)
+    packed = inet_pton(AF_INET6, ip) if ":" in ip else inet_aton(ip)
     if weight is None:
-        return head + DEST_PLACE.pack(DEST_PLACE.size, DEST, *where)
-    masquerading, unlimited = 0, 0
+        return head + DEST_PLACE.pack(PLACE_HEAD, packed, PORT_HEAD, port.to_bytes(2, "big"))
     return head + DEST_WHOLE.pack(
-        DEST_WHOLE.size, DEST, *where,
-        8, D_METHOD, masquerading, 8, D_WEIGHT, weight,
-        8, D_UPPER, unlimited, 8, D_LOWER, unlimited,
-    )  # fmt: skip
+        WHOLE_HEAD, packed, PORT_HEAD, port.to_bytes(2, "big"), METHOD, weight, LIMITS
+    )
+
+
+def why_not(request: Request, code: int) -> str:
+    """Say in words why something could not be made."""
+    subject = request.subject
+    if isinstance(subject, Destination):
+        return f"cannot send from {subject.server} to {subject.address}: {os.strerror(code)}"
+    if code == errno.EEXIST:
+        return f"{subject}: somebody else's virtual server, which ipvs.excludeCIDRs leaves alone"
+    reason = "no such scheduler" if code == errno.ENOENT else os.strerror(code)
+    return f"cannot make a virtual server for {subject}: {reason}"
+
+
+def counts_of(values: Mapping[int, bytes]) -> Counts:
+    """Return the counters among the attributes of a server or of a destination."""
+    counted = dict(attributes(values.get(STATS64) or values[STATS], 0))
+    return Counts(*(int.from_bytes(counted[kind], sys.byteorder) for kind in COUNTERS))
 
 
 def _u16(data: bytes | None) -> int:

@@ -10,17 +10,25 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from itertools import islice
 from typing import cast
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from pyproxy.delta import Delta
-from pyproxy.model import Address, Family, Frontend, ServicePortName
+from pyproxy.model import Address, Family, Frontend, Network
 from pyproxy.proxier import _ipvsnl as nl
-from pyproxy.proxier._ipvsnl import Busy, Ipvs, Request
-from pyproxy.proxier._vips import RTPROT_IPVS, Vip, Vips, frontend_of, one_port, whole_address
-from pyproxy.reconcile import ApplyError, Clock, Target
+from pyproxy.proxier._ipvsaudit import Weights, destination_differences, server_differences
+from pyproxy.proxier._ipvscompare import compared, weights_of
+from pyproxy.proxier._ipvslocal import Leads, LocalAddresses
+from pyproxy.proxier._ipvsnl import Counts, Ipvs, Request
+from pyproxy.proxier._vips import RTPROT_IPVS, Vips
+from pyproxy.reconcile import ApplyError, Clock, Difference, Target
 from pyproxy.rules.ipvs import (
     BOUND,
+    WITHOUT_DRAINING,
     Content,
     Destination,
     Items,
@@ -32,7 +40,6 @@ from pyproxy.rules.ipvs import (
 from pyproxy.rules.nft_affinity import Content as TableContent
 from pyproxy.rules.nftables import Item
 
-DRAIN_SECONDS = 15 * 60.0
 POLL_SECONDS = 5.0
 AT_ONCE = 50  # servers whose connections are counted at a time; more wait for the next poll
 GONE = frozenset({errno.ENOENT, errno.ESRCH})
@@ -43,7 +50,9 @@ AS_SET = {nl.NEW_SERVICE: nl.SET_SERVICE, nl.NEW_DEST: nl.SET_DEST}
 class Parts:
     """A delta, by what it is about."""
 
-    grow: list[Request] = field(default_factory=list)
+    servers: list[Request] = field(default_factory=list)
+    destinations: list[Request] = field(default_factory=list)
+    addresses: list[LocalAddress] = field(default_factory=list)
     shrink: list[Request] = field(default_factory=list)
     touched: set[Frontend] = field(default_factory=set)
 
@@ -56,6 +65,16 @@ class Held:
     weights: dict[Address, int] = field(default_factory=dict)
 
 
+class Settings(Struct, frozen=True):
+    """What an operator may choose."""
+
+    drain_seconds: float = 900.0  # for the last connections of a destination
+    excluded: tuple[Network, ...] = ()  # where other people's virtual servers stay theirs
+
+
+DEFAULTS = Settings()
+
+
 class IpvsTarget:
     """The virtual servers of one family that are ours, with what belongs to them."""
 
@@ -64,15 +83,17 @@ class IpvsTarget:
         family: Family,
         table: Target[Item, TableContent],
         clock: Clock,
-        connect: Callable[[], tuple[Ipvs, Vips]],
+        connect: Callable[[], tuple[Ipvs, Leads]],
+        settings: Settings = DEFAULTS,
     ) -> None:
         self._family = family
+        self._settings = settings
         self._table = table
         self._clock = clock
         self._connect = connect
         self._ipvs: Ipvs | None = None
-        self._vips: Vips | None = None
-        self._users: dict[Vip, set[ServicePortName | None]] = {}
+        self._leads: Leads | None = None
+        self._addresses = LocalAddresses()
         self._held: dict[Frontend, Held] = {}  # what the kernel has, as far as we know
         self._draining: dict[Frontend, dict[Address, float]] = {}  # until when
         self._doomed: set[Frontend] = set()  # servers kept for their connections
@@ -91,16 +112,22 @@ class IpvsTarget:
         async with self._lock:
             parts = self._parts(delta)
             try:
-                refused: dict[Key, str] = await asyncio.to_thread(self._carry_out, parts.grow)
-                refused |= self._bind(key for key in delta.added if isinstance(key, LocalAddress))
+                refused = await asyncio.to_thread(self._grow, parts)
                 await self._table.apply(table_delta(delta))
-                await asyncio.to_thread(self._carry_out, parts.shrink)
-                if len(parts.touched) <= AT_ONCE:
-                    await asyncio.to_thread(self._finish, parts.touched)
-                self._unbind()
+                await asyncio.to_thread(self._shrink, parts)
             except OSError as error:
                 raise ApplyError(f"cannot change virtual servers: {error.strerror}") from error
             return refused
+
+    async def compare(self, wanted: Mapping[Key, Content]) -> tuple[Difference, ...]:
+        """List the virtual servers, local addresses and the table anew. Raises ``ApplyError``."""
+        table = {key: content for key, content in wanted.items() if isinstance(key, Item)}
+        found = await self._table.compare(cast(Mapping[Item, TableContent], table))
+        async with self._lock:
+            try:
+                return found + await asyncio.to_thread(compared, *self._sockets(), wanted)
+            except OSError as error:
+                raise ApplyError(f"cannot list virtual servers: {error.strerror}") from error
 
     async def drain(self) -> None:
         """Take away what has become idle, for ever."""
@@ -115,26 +142,46 @@ class IpvsTarget:
         for first in range(0, len(servers), AT_ONCE):
             async with self._lock:  # not for all of them: syncs wait for it
                 await asyncio.to_thread(self._finish, servers[first : first + AT_ONCE])
-                self._unbind()
 
-    async def differing_servers(self) -> int:
-        """Return how many virtual servers are not those we left. Raises ``OSError``."""
+    async def differing_servers(self) -> list[str]:
+        """Return how virtual servers and local addresses differ from what we left, in words."""
         async with self._lock:
             if not self._held:
-                return 0
-            ipvs, _vips = self._sockets()
+                return []
+            ipvs, leads = self._sockets()
             found = await asyncio.to_thread(ipvs.servers)
             known = {frontend: held.server for frontend, held in self._held.items()}
-            return sum(found.get(f) != known.get(f) for f in found.keys() | known.keys())
+            missing = await asyncio.to_thread(self._addresses.missing, leads)
+            return server_differences(known, found) + [f"{vip.ip} is not local" for vip in missing]
 
-    async def differing_destinations(self, after: int, count: int) -> int:
-        """Return how many destinations of so many servers are not as we left them."""
+    async def differing_destinations(self, after: int, count: int) -> list[str]:
+        """Return how the destinations of so many servers differ from what we left, in words."""
         async with self._lock:
-            ipvs, _vips = self._sockets()
+            ipvs, _leads = self._sockets()
             some = list(islice(self._held.items(), after, after + count))
             found = await asyncio.to_thread(lambda: [weights_of(ipvs, f) for f, _held in some])
-            pairs = zip(found, (held.weights for _frontend, held in some), strict=True)
-            return sum(a.get(k) != b.get(k) for a, b in pairs for k in a.keys() | b.keys())
+            pairs = zip(some, found, strict=True)
+            of_each = (Weights(f, held.weights, weights) for (f, held), weights in pairs)
+            return [told for weights in of_each for told in destination_differences(weights)]
+
+    async def counters(self) -> dict[Frontend | Destination, Counts]:
+        """Return what went through each virtual server and to each destination since it was made.
+
+        Raises ``OSError``. The destinations of a server cost a request: ten thousand, seconds.
+        """
+        async with self._lock:
+            ipvs, _leads = self._sockets()
+            servers = await asyncio.to_thread(ipvs.counters)
+        found: dict[Frontend | Destination, Counts] = {}
+        found.update(servers.items())
+        frontends = list(servers)
+        for first in range(0, len(frontends), AT_ONCE):
+            some = frontends[first : first + AT_ONCE]
+            async with self._lock:
+                of_each = await asyncio.to_thread(list, map(ipvs.destination_counters, some))
+            for server, counts in zip(some, of_each, strict=True):
+                found |= {Destination(server, address): each for address, each in counts.items()}
+        return found
 
     @property
     def server_count(self) -> int:
@@ -153,14 +200,14 @@ class IpvsTarget:
         await self._table.aclose()
         if self._ipvs is not None:
             self._ipvs.close()
-        if self._vips is not None:
-            self._vips.close()
-        self._ipvs = self._vips = None
+        if self._leads is not None:
+            self._leads.close()
+        self._ipvs = self._leads = None
 
     # --- reading ------------------------------------------------------------------------------
 
     def _read(self) -> Items:
-        ipvs, vips = self._sockets()
+        ipvs, leads = self._sockets()
         items: Items = {}
         draining, doomed = self._draining, self._doomed
         self._draining, self._doomed = {}, set()
@@ -180,10 +227,7 @@ class IpvsTarget:
                 for address, weight in held.weights.items()
                 if address not in left
             }
-        listed = vips.listed()
-        self._users = {vip: {None} for vip in listed}
-        items |= {LocalAddress(vip.ip, frontend_of(vip)): BOUND for vip in listed}
-        return items
+        return items | dict.fromkeys(self._addresses.read(leads), BOUND)
 
     # --- writing ------------------------------------------------------------------------------
 
@@ -191,41 +235,63 @@ class IpvsTarget:
         parts = Parts()
         for key in delta.removed:
             self._take_away(key, parts)
-        servers, destinations = [], []
         new = dict(delta.added) | {key: after for key, (_old, after) in delta.changed.items()}
         for key, content in new.items():
             if isinstance(key, Frontend) and isinstance(content, Server):
                 known = key in delta.changed or key in self._doomed
                 self._doomed.discard(key)
-                servers.append((nl.set_server if known else nl.new_server)(key, content))
+                parts.servers.append((nl.set_server if known else nl.new_server)(key, content))
+            elif isinstance(key, LocalAddress):
+                parts.addresses.append(key)
             elif isinstance(key, Destination) and isinstance(content, int):
                 resumed = self._draining.get(key.server, {}).pop(key.address, None)
                 known = key in delta.changed or resumed is not None
                 make = nl.set_destination if known else nl.new_destination
-                destinations.append(make(key, content))
-        parts.grow = servers + destinations
+                parts.destinations.append(make(key, content))
         return parts
+
+    def _grow(self, parts: Parts) -> dict[Key, str]:
+        """Make virtual servers, destinations of those that could be made, and addresses local."""
+        refused = self._carry_out(parts.servers)
+        without: dict[Key, str] = {}
+        if refused:
+            for request in parts.destinations:
+                key = request.subject
+                if isinstance(key, Destination) and key.server in refused:
+                    without[key] = refused[key.server]
+        destinations = [r for r in parts.destinations if r.subject not in without]
+        _ipvs, leads = self._sockets()
+        refused |= without | self._carry_out(destinations)
+        return refused | self._addresses.bind(parts.addresses, leads)
+
+    def _shrink(self, parts: Parts) -> None:
+        self._carry_out(parts.shrink)
+        self._finish(parts.touched if len(parts.touched) <= AT_ONCE else ())
 
     def _take_away(self, key: Key, parts: Parts) -> None:
         """Let a server go, or a destination: at once, or when its last connection ends."""
         if isinstance(key, LocalAddress):
-            users = self._users.get(self._vip(key))
-            if users is not None:
-                users.discard(key.owner)
+            self._addresses.release(key)
         elif isinstance(key, Frontend):
             self._doomed.add(key)
             parts.touched.add(key)
         elif isinstance(key, Destination):
             parts.touched.add(key.server)
-            if key.server.proto == "UDP":
+            if not self._drains(key.server):
                 parts.shrink.append(nl.delete_destination(key))
             else:
                 parts.shrink.append(nl.set_destination(key, 0))
-                until = self._clock.monotonic() + DRAIN_SECONDS
+                until = self._clock.monotonic() + self._settings.drain_seconds
                 self._draining.setdefault(key.server, {})[key.address] = until
 
+    def _drains(self, server: Frontend) -> bool:
+        """Say whether destinations of a server wait for the end of their connections."""
+        held = self._held.get(server)
+        scheduler = held.server.scheduler if held is not None else ""
+        return server.proto != "UDP" and scheduler not in WITHOUT_DRAINING
+
     def _finish(self, servers: Iterable[Frontend]) -> None:
-        """Delete what is idle, or has had its time, of what shall go."""
+        """Delete what is idle, or has had its time, of what shall go; then what nobody needs."""
         requests: list[Request] = []
         for server in servers:
             doomed = server in self._doomed
@@ -238,17 +304,19 @@ class IpvsTarget:
                     continue
             requests += [nl.delete_destination(Destination(server, a)) for a in done]
         self._carry_out(requests)
+        _ipvs, leads = self._sockets()
+        self._addresses.unbind(leads, {server.ip for server in self._doomed})
 
     def _drained(self, server: Frontend, *, doomed: bool) -> list[Address]:
         """Return the destinations that are waited for no more."""
         waiting = self._draining.get(server, {})
-        ipvs, _vips = self._sockets()
+        ipvs, _leads = self._sockets()
         busy = ipvs.destinations(server) if waiting else {}
         now = self._clock.monotonic()
         done = [
             address
             for address, until in waiting.items()
-            if now >= until or address not in busy or idle(busy[address], doomed=doomed)
+            if now >= until or address not in busy or busy[address].is_idle(doomed=doomed)
         ]
         for address in done:
             del waiting[address]
@@ -258,7 +326,7 @@ class IpvsTarget:
         """Make the changes; return what cannot be made new. Raises ``OSError`` for all else."""
         if not requests:
             return {}
-        ipvs, _vips = self._sockets()
+        ipvs, _leads = self._sockets()
         refused: dict[Key, str] = {}
         again: list[Request] = []
         failed = ipvs.carry_out(requests)
@@ -267,13 +335,20 @@ class IpvsTarget:
             if request.subject not in not_done:
                 self._remember(request)
         for request, code in failed:
-            if request.command in AS_SET and code == errno.EEXIST:
-                again.append(request._replace(command=AS_SET[request.command]))
+            if code == errno.EEXIST and not self._spares(request.subject):
+                again.append(replace(request, command=AS_SET[request.command]))
             elif request.command in AS_SET:
-                refused[request.subject] = why_not(request, code)
+                refused[request.subject] = nl.why_not(request, code)
             elif request.command not in (nl.DEL_SERVICE, nl.DEL_DEST) or code not in GONE:
                 raise OSError(code, f"{os.strerror(code)}: {request.subject}")
         return refused | (self._carry_out(again) if again else {})
+
+    def _spares(self, subject: Frontend | Destination) -> bool:
+        """Say whether a virtual server that is there is somebody else's, and has to stay."""
+        if not isinstance(subject, Frontend) or not self._settings.excluded:
+            return False
+        address = ip_address(subject.ip)
+        return any(address in network for network in self._settings.excluded)
 
     def _remember(self, request: Request) -> None:
         subject, content = request.subject, request.content
@@ -288,42 +363,10 @@ class IpvsTarget:
             else:
                 held.weights.pop(subject.address, None)
 
-    # --- local addresses ----------------------------------------------------------------------
-
-    def _bind(self, keys: Iterable[LocalAddress]) -> dict[Key, str]:
-        _ipvs, vips = self._sockets()
-        by_vip: dict[Vip, list[LocalAddress]] = {}
-        for key in keys:
-            by_vip.setdefault(self._vip(key), []).append(key)
-        failed = vips.add(vip for vip in by_vip if vip not in self._users)
-        refused: dict[Key, str] = {}
-        for vip, users in by_vip.items():
-            if vip in failed:
-                refused |= dict.fromkeys(users, failed[vip])
-            else:
-                self._users.setdefault(vip, set()).update(key.owner for key in users)
-        return refused
-
-    def _unbind(self) -> None:
-        """Remove the routes of addresses that nobody wants, and no connection needs."""
-        unused = [vip for vip, users in self._users.items() if not users]
-        if not unused:
-            return
-        kept = {server.ip for server in self._doomed}
-        gone = [vip for vip in unused if vip.ip not in kept]
-        _ipvs, vips = self._sockets()
-        left = [vip for vip in self._users if vip not in set(gone)]
-        vips.remove(gone, left)
-        for vip in gone:
-            del self._users[vip]
-
-    def _vip(self, key: LocalAddress) -> Vip:
-        return whole_address(key.ip) if key.only is None else one_port(key.only, RTPROT_IPVS)
-
-    def _sockets(self) -> tuple[Ipvs, Vips]:
-        if self._ipvs is None or self._vips is None:
-            self._ipvs, self._vips = self._connect()
-        return self._ipvs, self._vips
+    def _sockets(self) -> tuple[Ipvs, Leads]:
+        if self._ipvs is None or self._leads is None:
+            self._ipvs, self._leads = self._connect()
+        return self._ipvs, self._leads
 
 
 def table_delta(delta: Delta[Key, Content]) -> Delta[Item, TableContent]:
@@ -336,26 +379,6 @@ def table_delta(delta: Delta[Key, Content]) -> Delta[Item, TableContent]:
             {k: v for k, v in delta.removed.items() if isinstance(k, Item)},
         ),
     )
-
-
-def weights_of(ipvs: Ipvs, server: Frontend) -> dict[Address, int]:
-    return {address: busy.weight for address, busy in ipvs.destinations(server).items()}
-
-
-def idle(busy: Busy, *, doomed: bool) -> bool:
-    """Say whether a destination may go: of a server that goes too, half closed ones are cut.
-
-    They take minutes, through which its address would be refused by this node.
-    """
-    return not busy.active and (doomed or not busy.inactive)
-
-
-def why_not(request: Request, code: int) -> str:
-    subject = request.subject
-    if isinstance(subject, Frontend):
-        reason = "no such scheduler" if code == errno.ENOENT else os.strerror(code)
-        return f"cannot make a virtual server for {subject}: {reason}"
-    return f"cannot send from {subject.server} to {subject.address}: {os.strerror(code)}"
 
 
 def delete_all(family: Family) -> None:

@@ -72,16 +72,32 @@ class Netlink:
         return results
 
     def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
-        """Yield the bodies of the answers to a dump request. Raises ``OSError``."""
+        """Yield the bodies of the answers to a dump request, all of which must be taken.
+
+        Until the last one is, the kernel refuses the next dump. Raises ``OSError``.
+        """
         self._sequence += 1
         self._socket.send(packed(kind, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, body))
         while True:
-            for answer, _sequence, payload in self._receive():
+            for answer, sequence, payload in self._receive():
+                if sequence != self._sequence:  # of a dump that failed half-way
+                    continue
                 if answer == NLMSG_DONE:
                     return
                 if answer == NLMSG_ERROR:
                     raise_errno(-struct.unpack_from("=i", payload)[0])
                 yield payload
+
+    def fetch(self, kind: int, body: bytes) -> bytes:
+        """Return the body of the one answer to a request. Raises ``OSError``."""
+        self._sequence += 1
+        self._socket.send(packed(kind, NLM_F_REQUEST, self._sequence, body))
+        while True:
+            for answer, sequence, payload in self._receive():
+                if sequence == self._sequence:
+                    if answer == NLMSG_ERROR:
+                        raise_errno(-struct.unpack_from("=i", payload)[0])
+                    return payload
 
     def _exchange(self, messages: Sequence[Message]) -> list[int]:
         """Only the last request is acknowledged; failures are reported without being asked for."""
@@ -112,7 +128,7 @@ class Netlink:
 
 def packed(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
     data = HEADER.pack(HEADER.size + len(body), kind, flags, sequence, 0) + body
-    return data.ljust(aligned(len(data)), b"\0")
+    return data.ljust(aligned(len(data)), b"\0") if len(body) & 3 else data
 
 
 def attribute(kind: int, value: bytes) -> bytes:

@@ -1,161 +1,261 @@
 """Relays bytes between two connected sockets until both sides have ended.
 
-Two protocols of asyncio, each writing into the other's transport. What one side does, the other
-side sees: an end of stream becomes an end of stream, a reset becomes a reset, and a reader that
-stalls stops the writer, at a cost of ``WRITE_LIMIT`` bytes of this process for a direction.
+Few bytes are read and written here. Many go through a pipe, from socket to socket inside the
+kernel: a read that fills the buffer changes to that, a small one changes back. What one side
+does, the other sees: an end of stream becomes an end of stream, a reset becomes a reset. A reader
+that stalls stops the writer, at a cost of one buffer or one pipe for a direction.
+
+Why a read that is not filled needs no other after it: the socket was empty then, and what comes
+later is told anew. Except for the end of the stream, which may have been told already.
 """
 
-import asyncio
-import socket
 import struct
-from collections.abc import Callable
 from contextlib import suppress
-from typing import cast
+from socket import (
+    IPPROTO_TCP,
+    MSG_DONTWAIT,
+    SHUT_WR,
+    SO_LINGER,
+    SOL_SOCKET,
+    TCP_NODELAY,
+    SocketType,
+)
 
-from pyproxy.proxier._sockets import keep_alive
+from pyproxy.proxier._poller import EDGE, ENDED, ERROR, HUP, IN, OUT, Poller
+from pyproxy.proxier._splice import Pipe, Pipes
 
-WRITE_LIMIT = 256 * 1024
+SMALL = 16 * 1024  # bytes that are copied at a time
+TURNS = 4  # pipes or buffers full, until others have their turn
+READS = IN | ENDED | EDGE
+READS_AND_WRITES = READS | OUT
+PATIENCE = 2  # writes to a side, until it is told to wait with none
+SOMETHING = IN | ENDED | HUP | ERROR
+LAST = ENDED | HUP | ERROR
 LINGER_RESET = struct.pack("=ii", 1, 0)
-TCP_CLOSE = 7  # the state of a connection that was reset or timed out, of linux/tcp.h
+
+BUFFER = memoryview(bytearray(SMALL))  # nothing stays in it: one thread, no waiting in between
 
 
-class Half(asyncio.Protocol):
-    """One side of a relay: reads from its own transport, writes to the other's.
+class Connection:
+    """Two sides that are joined, and what becomes of the connection as a whole."""
 
-    The two are connected to their transports one after the other, and much may happen between:
-    bytes that come wait in ``_early`` (uvloop ignores ``pause_reading`` while a connection is
-    being made), an end and a loss are remembered.
-    """
+    __slots__ = ("broken", "far", "near", "pipes", "poller")
 
-    __slots__ = ("_early", "_on_close", "ended", "lost", "other", "transport", "watched")
+    def __init__(
+        self, poller: Poller, pipes: Pipes, client: SocketType, backend: SocketType
+    ) -> None:
+        self.poller = poller
+        self.pipes = pipes
+        self.broken = False  # a side does not take what the other has said
+        self.near = near = Side(self, client)
+        self.far = far = Side(self, backend)
+        near.other, far.other = far, near
 
-    other: "Half"
-
-    def __init__(self, on_close: Callable[[], None] | None = None) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.ended = False  # nothing more will come from this side
-        self.lost = False
-        self.watched = False
-        self._early: list[bytes] = []
-        self._on_close = on_close
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        writer = cast(asyncio.Transport, transport)  # uvloop's only looks like one
-        writer.set_write_buffer_limits(high=WRITE_LIMIT)
-        self.transport = writer
-        if self.other.lost:
-            abort(writer)
-            return
-        for data in self.other.early():
-            writer.write(data)
-        if self.other.ended:
-            end(writer)
-
-    def early(self) -> list[bytes]:
-        data, self._early = self._early, []
-        return data
-
-    def data_received(self, data: bytes) -> None:
-        writer = self.other.transport
-        if writer is None:
-            self._early.append(data)
+    def close(self) -> None:
+        """End both sides in order, or with a reset where something was lost."""
+        if self.broken:
+            self.abort()
         else:
-            writer.write(data)
-
-    def eof_received(self) -> bool:
-        """Pass the end on; keep our transport open for what the other side still says."""
-        self.ended = True
-        writer = self.other.transport
-        if writer is None:
-            return True
-        if self.other.ended:
-            writer.close()
-            return False
-        end(writer)
-        return True
-
-    def pause_writing(self) -> None:
-        reader = self.other.transport
-        if reader is not None and not reader.is_closing():
-            reader.pause_reading()
-
-    def resume_writing(self) -> None:
-        reader = self.other.transport
-        if reader is not None and not reader.is_closing():
-            reader.resume_reading()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.lost = True
-        on_close, self._on_close = self._on_close, None
-        peer = self.other.transport
-        if peer is not None and not peer.is_closing():
-            if error is None:
-                peer.close()
-            else:
-                abort(peer)
-        if on_close is not None:
-            on_close()
+            self._over()
 
     def abort(self) -> None:
-        """End both sides at once."""
-        for half in (self, self.other):
-            if half.transport is not None:
-                abort(half.transport)
+        """End both sides at once, so that they see a reset."""
+        for side in (self.near, self.far):
+            with suppress(OSError):
+                side.sock.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_RESET)
+        self._over()
 
-    def is_dead(self) -> bool:
-        """Say whether one of the two sides was lost after it had ended.
+    def closed(self) -> None:
+        """Take note that both sockets are no longer ours."""
 
-        The event loop does not look at a side any more that has ended.
-        """
-        return any(half.ended and half.is_reset() for half in (self, self.other))
+    def _over(self) -> None:
+        for side in (self.near, self.far):
+            side.is_over = side.ended = True
+            self.poller.close_socket(side.sock)
+            if side.pipe is not None:
+                self.pipes.give_back(side.pipe)
+            del side.other, side.connection  # no cycles for the garbage collector
+        self.closed()
 
-    def watch(self) -> None:
-        """Have the kernel find out when the other side's peer is gone without a word."""
-        self.watched = True
-        if self.other.transport is not None and not self.other.transport.is_closing():
-            keep_alive(self.other.transport.get_extra_info("socket"))
 
-    def is_reset(self) -> bool:
-        if self.transport is None or self.transport.is_closing():
-            return False
-        sock = self.transport.get_extra_info("socket")
+class Side:
+    """One side of a connection, and what is on its way from it to the other."""
+
+    __slots__ = (
+        "connection",
+        "ended",
+        "fd",
+        "has_last",
+        "is_over",
+        "left",
+        "other",
+        "patience",
+        "pipe",
+        "sock",
+        "watches_writing",
+    )
+
+    other: "Side"
+    connection: Connection
+
+    def __init__(self, connection: Connection, sock: SocketType) -> None:
+        self.connection = connection
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.is_over = False  # the connection is closed
+        self.ended = False  # nothing more will be read from this side
+        self.has_last = False  # its end has been told, and may have to be read yet
+        self.left: bytes | None = None  # was read from this side, and the other has not taken it
+        self.pipe: Pipe | None = None
+        self.patience = PATIENCE
+        self.watches_writing = False
+
+    def ready(self, events: int) -> None:
+        """Take note of events of this side's socket."""
+        if events == IN and self.pipe is None and self.left is None and not self.ended:
+            self._copy()
+            return
+        if events & OUT and self.other.is_held_up():
+            self.other.pump()
+            if self.is_over:
+                return
+        if events & LAST:
+            self.has_last = True
+            if events & ERROR and (self.ended or self.is_held_up()):
+                self.connection.abort()
+                return
+        if events & SOMETHING and not self.ended:
+            self.pump()
+
+    def is_held_up(self) -> bool:
+        """Say whether the other side must take something, before more is read from this one."""
+        return self.left is not None or (self.pipe is not None and self.pipe.held > 0)
+
+    def pump(self) -> None:
+        """Pass on what this side has said, until there is no more or the other takes no more."""
+        if self.pipe is not None:
+            self._splice(self.pipe)
+        elif self.left is None or self._flush(self.left):
+            self._copy()
+
+    def _copy(self) -> None:
+        for _ in range(TURNS):
+            try:
+                count = self.sock.recv_into(BUFFER, SMALL, MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.connection.abort()
+                return
+            if not count:
+                self._end()
+                return
+            if not self._flush(BUFFER[:count]):
+                return
+            if self._goes_through_pipe() if count == SMALL else not self.has_last:
+                return
+        self._soon()
+
+    def _flush(self, data: bytes | memoryview) -> bool:
+        """Give the other side these bytes; keep what it does not take, and say if it took all."""
+        other = self.other
         try:
-            state: bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            count = other.sock.send(data, MSG_DONTWAIT)
+        except BlockingIOError:
+            count = 0
         except OSError:
+            self._refused()
             return False
-        return state[0] == TCP_CLOSE
+        if count < len(data):
+            self.left = bytes(data[count:])
+            other.watch_writing()
+            return False
+        self.left = None
+        if other.patience:
+            other.lose_patience()
+        return True
 
+    def _goes_through_pipe(self) -> bool:
+        """Go on through a pipe; False if there is none to be had."""
+        self.pipe = self.connection.pipes.take()
+        if self.pipe is None:
+            return False
+        for side in (self, self.other):  # SPLICE_F_NONBLOCK is about the pipe alone
+            side.sock.setblocking(False)
+        self.other.patience = 1
+        self.other.lose_patience()
+        self._splice(self.pipe)
+        return True
 
-def end(writer: asyncio.Transport) -> None:
-    if not writer.is_closing():
-        with suppress(OSError, RuntimeError):  # it was reset at this moment
-            writer.write_eof()
+    def _splice(self, pipe: Pipe) -> None:
+        moved = 0
+        for _ in range(TURNS):
+            try:
+                pipe.empty(self.other.fd)
+            except BlockingIOError:
+                self.other.watch_writing()
+                return
+            except OSError:
+                self._refused()
+                return
+            try:
+                count = pipe.fill(self.fd)
+            except BlockingIOError:
+                if moved < SMALL:
+                    self.connection.pipes.give_back(pipe)
+                    self.pipe = None
+                return
+            except OSError:
+                self.connection.abort()
+                return
+            if not count:
+                self._end()
+                return
+            moved += count
+        self._soon()
 
+    def _soon(self) -> None:
+        """Go on when others have had their turn."""
+        self.connection.poller.again(self._resume)
 
-def abort(transport: asyncio.Transport) -> None:
-    """Close at once, so that the other side sees a reset."""
-    sock = transport.get_extra_info("socket")
-    with suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-    transport.abort()
+    def _resume(self) -> None:
+        if not self.ended:
+            self.pump()
 
+    def _end(self) -> None:
+        """Pass the end on; the other side may still have something to say."""
+        self.ended = True
+        if self.other.ended:
+            self.connection.close()
+            return
+        try:
+            self.other.sock.shutdown(SHUT_WR)
+        except OSError:
+            self.connection.abort()
 
-async def join(
-    loop: asyncio.AbstractEventLoop, near: Half, client: socket.socket, backend: socket.socket
-) -> None:
-    """Relay between two connected sockets, ``near`` being the client's side.
+    def _refused(self) -> None:
+        """The other side takes nothing more. What it has said before is still passed on."""
+        self.connection.broken = True
+        self.ended = True
+        self.left = None
+        if self.pipe is not None:
+            self.connection.pipes.give_back(self.pipe)
+            self.pipe = None
+        if self.other.ended:
+            self.connection.abort()
 
-    The sockets belong to the relay from the call on. Raises ``OSError``, after closing both.
-    """
-    far = Half()
-    near.other, far.other = far, near
-    try:
-        await loop.connect_accepted_socket(lambda: far, backend)
-        await loop.connect_accepted_socket(lambda: near, client)
-    except BaseException:
-        near.abort()
-        for half, sock in ((near, client), (far, backend)):
-            if half.transport is None:
-                sock.close()
-                half.connection_lost(None)
-        raise
+    def lose_patience(self) -> None:
+        """Have small writes to this side go out at once, from the second on.
+
+        The first waits for nothing in any case, and many connections have no other.
+        """
+        self.patience -= 1
+        if not self.patience:
+            with suppress(OSError):
+                self.sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+
+    def watch_writing(self) -> None:
+        """Tell when this side can be written to again."""
+        if not self.watches_writing:
+            self.watches_writing = True
+            self.connection.poller.change(self.fd, READS_AND_WRITES)

@@ -6,9 +6,11 @@ import logging
 import socket
 import struct
 from contextlib import suppress
+from functools import lru_cache
+from socket import SocketType
 
-from pyproxy.model import Proto
-from pyproxy.rules.guard import Program
+from pyproxy.model import Family, Proto
+from pyproxy.rules.guard import DROP_ALL, Program
 
 OPTIONS = {
     ("freebind", socket.IPPROTO_IP): 15,
@@ -17,8 +19,10 @@ OPTIONS = {
     ("transparent", socket.IPPROTO_IPV6): 75,
 }
 IP_PKTINFO = 8
+IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR = 20, 74
 SO_ATTACH_FILTER = 26
 SO_DETACH_FILTER = 27
+LOOPBACK: dict[Family, str] = {4: "127.0.0.1", 6: "::1"}
 BACKLOG = 4096
 DATAGRAM_QUEUE = 4 << 20  # bytes; the default holds two datagrams of 64 KiB, or 277 small ones
 SO_RCVBUFFORCE = 33
@@ -27,6 +31,8 @@ EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 RELIEF_SECONDS = 10.0  # without a shortage, until the next one is worth telling
 
 log = logging.getLogger(__name__)
+
+Ancillary = list[tuple[int, int, bytes]]
 
 
 class Shortage:
@@ -66,21 +72,13 @@ def listening(
     IP_FREEBIND lets us listen before the address is local, so that it is never local without.
     ``transparent`` is for an address that is not ours but for the port; it needs CAP_NET_ADMIN.
     """
-    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM if proto == "TCP" else socket.SOCK_DGRAM)
-    level = socket.IPPROTO_IPV6 if family == socket.AF_INET6 else socket.IPPROTO_IP
+    sock = unbound(ip, proto, transparent=transparent)
     try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        for name in ["freebind", *(["transparent"] if transparent else [])]:
-            sock.setsockopt(level, OPTIONS[name, level], 1)
-        if level == socket.IPPROTO_IPV6:
-            sock.setsockopt(level, socket.IPV6_V6ONLY, 1)
         if guard is not None:
             attach_guard(sock, guard)
         if proto == "TCP":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            keep_alive(sock)  # the sockets that it accepts inherit this
+            keep_alive(sock)  # the sockets that it accepts inherit this, and that
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.bind((ip, port))
             sock.listen(BACKLOG)
         else:
@@ -94,14 +92,117 @@ def listening(
     return sock
 
 
-def keep_alive(sock: socket.socket) -> None:
+def unbound(ip: str, proto: Proto, *, transparent: bool = False) -> socket.socket:
+    """Return a non-blocking socket that may share its address with others of ours."""
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM if proto == "TCP" else socket.SOCK_DGRAM)
+    level = socket.IPPROTO_IPV6 if family == socket.AF_INET6 else socket.IPPROTO_IP
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for name in ["freebind", *(["transparent"] if transparent else [])]:
+            sock.setsockopt(level, OPTIONS[name, level], 1)
+        if level == socket.IPPROTO_IPV6:
+            sock.setsockopt(level, socket.IPV6_V6ONLY, 1)
+        if proto == "TCP":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def shared(family: Family, proto: Proto) -> socket.socket:
+    """Return a non-blocking socket for packets to any address and port. Raises ``OSError``.
+
+    Those who lead packets to it choose them; it is bound where nobody will look for it. As it is
+    transparent, so is what it accepts: its own address may be one that is not this node's.
+    """
+    kind = socket.SOCK_STREAM if proto == "TCP" else socket.SOCK_DGRAM
+    sock = socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, kind)
+    level = socket.IPPROTO_IP if family == 4 else socket.IPPROTO_IPV6
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(level, OPTIONS["transparent", level], 1)
+        if proto == "UDP":
+            enlarge_queue(sock)
+            asked = IP_RECVORIGDSTADDR if family == 4 else IPV6_RECVORIGDSTADDR
+            sock.setsockopt(level, asked, 1)
+        else:
+            # The sockets that it accepts inherit all. They hold the ports of frontends, which
+            # those who come later must be able to bind to.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(sock)
+        sock.bind((LOOPBACK[family], 0))
+        if proto == "TCP":
+            sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+class Shared:
+    """The sockets of all frontends: one for connections and one for datagrams."""
+
+    def __init__(self, family: Family) -> None:
+        """Raises ``OSError``."""
+        self.tcp = shared(family, "TCP")
+        try:
+            self.udp = shared(family, "UDP")
+        except OSError:
+            self.tcp.close()
+            raise
+
+    def close(self) -> None:
+        self.tcp.close()
+        self.udp.close()
+
+
+def silent(family: Family, proto: Proto) -> socket.socket:
+    """Return a socket that admits nobody, and answers nobody. Raises ``OSError``."""
+    sock = shared(family, proto)
+    attach_guard(sock, DROP_ALL)
+    return sock
+
+
+def original_destination(extra: Ancillary) -> bytes:
+    """Return where a datagram was sent to, out of its ancillary data: port and address, packed."""
+    for level, kind, data in extra:
+        if (level, kind) == (socket.IPPROTO_IP, IP_RECVORIGDSTADDR):
+            return data[2:8]  # struct sockaddr_in: family, port, address
+        if (level, kind) == (socket.IPPROTO_IPV6, IPV6_RECVORIGDSTADDR):
+            return data[2:4] + data[8:24]  # struct sockaddr_in6: family, port, flow, address
+    return b""
+
+
+@lru_cache(maxsize=4096)
+def destination(packed: bytes) -> tuple[str, int]:
+    """Return the address and port that ``original_destination`` has found."""
+    family = socket.AF_INET if len(packed) == 6 else socket.AF_INET6
+    return socket.inet_ntop(family, packed[2:]), int.from_bytes(packed[:2], "big")
+
+
+def answering(ip: str, port: int) -> socket.socket:
+    """Return a socket whose datagrams come from this address and port. Raises ``OSError``."""
+    return listening(ip, port, "UDP", wildcard=False, transparent=True)
+
+
+def check_free(ip: str, port: int, proto: Proto) -> None:
+    """See whether another program has a port: then raises ``OSError``, as ``listening`` would."""
+    with unbound(ip, proto) as sock:
+        sock.bind((ip, port))
+
+
+def keep_alive(sock: SocketType) -> None:
     """Have the kernel notice a peer that is gone without a word."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def enlarge_queue(sock: socket.socket) -> None:
+def enlarge_queue(sock: SocketType) -> None:
     """Let more datagrams wait for us. Without root, as many as net.core.rmem_max allows."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, DATAGRAM_QUEUE)
@@ -137,7 +238,7 @@ def detach_guard(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
-def reset(sock: socket.socket) -> None:
+def reset(sock: SocketType) -> None:
     """Close a TCP socket so that the other side sees a reset."""
     with suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))

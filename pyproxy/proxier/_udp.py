@@ -8,29 +8,33 @@ import asyncio
 import logging
 import resource
 import socket
-import struct
 from collections.abc import Callable, Collection, Iterable
 from errno import EMSGSIZE
 from heapq import nsmallest
-from typing import Any
+from socket import SocketType
 
 from msgspec import Struct
 
 from pyproxy.balancer import NOBODY, Picker
 from pyproxy.model import Address, Forward
-from pyproxy.proxier._sockets import EXHAUSTED, IP_PKTINFO, Shortage
+from pyproxy.proxier._batch import Batch
+from pyproxy.proxier._datagrams import Key, Peer, Requests, ancillary
+from pyproxy.proxier._poller import IN, Poller
+from pyproxy.proxier._sockets import EXHAUSTED, Shortage, answering, destination
+from pyproxy.proxier._stream import Way, beside, strays
+from pyproxy.proxier._transparent import Transparent, dress
 from pyproxy.rules.listeners import Listener, Surroundings, action_for
 
 DATAGRAMS_AT_ONCE = 64
 LARGEST = 65535
 SWEEP_SECONDS = 1.0
 STREAM_SECONDS = 2.0  # a flow that lives longer than an exchange of this length is a stream
+THICK = 16  # datagrams close after others, until a flow has a socket of its own
+OWN_SHARE = 2  # one in so many flows may
 FLOW_SHARE = 4  # flows may take one in so many file descriptors: connections need some too
 
 log = logging.getLogger(__name__)
 
-Peer = tuple[Any, ...]  # as the socket module gives it; the length differs by family
-Key = tuple[Peer, bytes]  # the client, and the address it wrote to, packed
 Observe = Callable[[str], None]
 
 
@@ -50,17 +54,23 @@ class UdpRelay:
 
     def __init__(
         self,
+        poller: Poller,
         surroundings: Callable[[], Surroundings],
         timeouts: IdleTimeouts,
         observe: Observe,
+        transparent: Transparent | None = None,
     ) -> None:
+        self.transparent = transparent
         self.loop = asyncio.get_running_loop()
+        self.poller = poller
         self.surroundings = surroundings
         self.observe = observe
+        self.batch = Batch()
+        self.shortage = Shortage()
         self._timeouts = timeouts
         self._flows: set[Flow] = set()
         self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // FLOW_SHARE
-        self.shortage = Shortage()
+        self._own_sockets_left = self._most // OWN_SHARE
         self._sweep: asyncio.TimerHandle | None = None
 
     @property
@@ -76,6 +86,13 @@ class UdpRelay:
 
     def discard(self, flow: "Flow") -> None:
         self._flows.discard(flow)
+        self._own_sockets_left += flow.has_own_socket
+
+    def may_have_socket(self) -> bool:
+        """Say whether one more flow may have a socket of its own, and count it."""
+        may = self._own_sockets_left > 0
+        self._own_sockets_left -= may
+        return may
 
     def make_room(self, error: OSError) -> None:
         """Give file descriptors back, because there are none."""
@@ -91,6 +108,8 @@ class UdpRelay:
     def close_all(self) -> None:
         for flow in list(self._flows):
             flow.close()
+        if self._sweep is not None:
+            self._sweep.cancel()
 
     def _expire(self) -> None:
         now = self.loop.time()
@@ -106,35 +125,50 @@ class Flow:
 
     __slots__ = (
         "_born_at",
+        "_far",
         "_front",
         "_key",
+        "_near",
         "_picker",
         "_replied",
-        "_sock",
+        "_round",
+        "_thick",
         "backend",
         "heard_at",
     )
 
-    def __init__(self, front: "UdpFront", key: Key, sock: socket.socket, backend: Address) -> None:
+    def __init__(self, front: "UdpFront", key: Key, sock: SocketType, backend: Address) -> None:
         self._front = front
         self._key = key
-        self._sock = sock
+        self._far = sock
+        self._near: SocketType | None = None  # of its own, if it has earned it
         self._picker = front.picker
         self._replied = False
+        self._round = 0  # of the poller, when the last reply came
+        self._thick = 0  # datagrams that came in one round with another
         self.backend = backend
         self._born_at = self.heard_at = front.relay.loop.time()
         self._picker.opened(backend)
-        front.relay.loop.add_reader(sock.fileno(), self._replies)
+        front.relay.poller.add(sock.fileno(), IN, self)
         front.relay.add(self)
+
+    @property
+    def has_own_socket(self) -> bool:
+        return self._near is not None
+
+    @property
+    def client_ip(self) -> str:
+        ip: str = self._key[0][0]
+        return ip
 
     def is_stream(self) -> bool:
         return self._replied and self.heard_at - self._born_at > STREAM_SECONDS
 
     def send(self, data: bytes) -> bool:
         """Pass a datagram on; False, and the flow is closed, if its backend takes none."""
-        self.heard_at = self._front.relay.loop.time()
+        self.heard()
         try:
-            self._sock.send(data)
+            self._far.send(data)
         except BlockingIOError:
             pass  # the queue is full: UDP loses it, as a network would
         except OSError as error:
@@ -146,24 +180,64 @@ class Flow:
     def close(self) -> None:
         if self._front.flows.pop(self._key, None) is None:
             return
-        self._front.relay.discard(self)
-        self._front.relay.loop.remove_reader(self._sock.fileno())
-        self._sock.close()
+        relay = self._front.relay
+        relay.discard(self)
+        for sock in (self._far, self._near):
+            if sock is not None:
+                relay.poller.close_socket(sock)
         self._picker.closed(self.backend)
-        self._front.relay.observe("closed")
+        relay.observe("closed")
 
-    def _replies(self) -> None:
-        for _ in range(DATAGRAMS_AT_ONCE):
+    def ready(self, _events: int) -> None:
+        """Pass on a reply; all there are if they come thick."""
+        rounds = self._front.relay.poller.rounds
+        at_once = DATAGRAMS_AT_ONCE if rounds == self._round + 1 else 1
+        self._round = rounds
+        self.replied()
+        for count in range(at_once):
             try:
-                data = self._sock.recv(LARGEST)
+                data = self._far.recv(LARGEST)
             except BlockingIOError:
                 return
             except OSError:  # port unreachable: the next datagram may find another backend
                 self.close()
                 return
-            self._replied = True
-            self.heard_at = self._front.relay.loop.time()
             self._front.reply(data, self._key)
+            if count:
+                self.thicken()
+
+    def heard(self) -> None:
+        self.heard_at = self._front.relay.loop.time()
+
+    def replied(self) -> None:
+        self._replied = True
+        self.heard()
+
+    def thicken(self) -> None:
+        """Take note that a datagram came close after another; many are worth a socket."""
+        self._thick += 1
+        if self._thick == THICK and self._front.relay.may_have_socket():
+            self._take_socket()
+
+    def _take_socket(self) -> None:
+        relay, front, key = self._front.relay, self._front, self._key
+        try:
+            near = beside(front.socket_of(key), front.local(key), key[0])
+        except OSError as error:
+            log.debug("no socket of its own", extra={"client": key[0][0], "error": str(error)})
+            return
+        self._near = near
+        for data, peer in strays(near):
+            front.pass_on(data, (peer, key[1]))
+        if key not in front.flows:
+            return  # one of them was refused
+        poller, batch, refused = relay.poller, relay.batch, self._refused
+        poller.add(near.fileno(), IN, Way(poller, batch, near, self._far, self.heard, refused))
+        poller.lead(self._far.fileno(), Way(poller, batch, self._far, near, self.replied, refused))
+
+    def _refused(self, sock: SocketType) -> None:
+        if sock is self._far:  # a client that is gone for now may come back
+            self.close()
 
 
 class UdpFront:
@@ -185,23 +259,43 @@ class UdpFront:
         self.flows: dict[Key, Flow] = {}
         self._wildcard = wildcard
         self._by_local: dict[bytes, socket.socket] = {}
+        self._answering: list[socket.socket] = []  # for datagrams that came by a shared socket
         for sock in self.sockets:
-            relay.loop.add_reader(sock.fileno(), self._requests, sock)
+            relay.poller.add(
+                sock.fileno(), IN, Requests(relay.poller, sock, self.received, wildcard=wildcard)
+            )
 
     def update(self, listener: Listener, picker: Picker) -> None:
-        """Treat new flows so from now on; end those whose backend serves no more."""
+        """Treat new flows so from now on; end those whose backend serves no more.
+
+        A flow with a socket of its own would also pass by the frontend's guard.
+        """
         self.listener = listener
         self.picker = picker
-        for flow in [f for f in self.flows.values() if f.backend not in listener.serving]:
-            flow.close()
+        for flow in list(self.flows.values()):
+            if flow.backend not in listener.serving or not self._admits(flow):
+                flow.close()
 
     def close(self) -> None:
         for flow in list(self.flows.values()):
             flow.close()
         for sock in self.sockets:
-            self.relay.loop.remove_reader(sock.fileno())
+            self.relay.poller.discard(sock.fileno())
+        for sock in self.sockets + self._answering:
             sock.close()
         self.sockets.clear()
+        self._answering.clear()
+        self._by_local.clear()
+
+    def socket_of(self, key: Key) -> socket.socket:
+        """Return the socket that the client's datagrams come in by."""
+        return self._by_local[key[1]]
+
+    def local(self, key: Key) -> tuple[str, int]:
+        """Return the address that the client writes to."""
+        sock = self.socket_of(key)
+        ip, port = sock.getsockname()[:2]
+        return (socket.inet_ntop(sock.family, key[1]) if self._wildcard else ip), port
 
     def reply(self, data: bytes, key: Key) -> None:
         """Send to the client, from the address it wrote to."""
@@ -215,30 +309,39 @@ class UdpFront:
         except OSError as error:
             log.debug("reply lost", extra={"client": peer[0], "error": str(error)})
 
-    def _requests(self, sock: socket.socket) -> None:
-        for _ in range(DATAGRAMS_AT_ONCE):
-            try:
-                if self._wildcard:
-                    data, extra, _flags, peer = sock.recvmsg(LARGEST, 256)
-                    local = local_address(extra)
-                else:
-                    data, peer = sock.recvfrom(LARGEST)
-                    local = b"%d" % sock.fileno()
-            except BlockingIOError:
-                return
-            except OSError as error:  # an ICMP error for an earlier reply
-                log.debug("receive failed", extra={"error": str(error)})
-                continue
-            self._by_local[local] = sock
-            self._pass_on(data, (peer, local))
+    def received(self, data: bytes, key: Key, sock: socket.socket, *, thick: bool) -> None:
+        """Take a datagram that came in by ``sock``; ``thick`` if another came just before."""
+        self._by_local[key[1]] = sock
+        flow = self.pass_on(data, key)
+        if thick and flow is not None:
+            flow.thicken()
 
-    def _pass_on(self, data: bytes, key: Key) -> None:
+    def take(self, data: bytes, peer: Peer, local: bytes, *, thick: bool) -> None:
+        """Take a datagram that came by a shared socket, to our address and port ``local``."""
+        sock = self._by_local.get(local)
+        if sock is None:
+            try:
+                sock = answering(*destination(local))
+            except OSError as error:
+                log.debug("datagram lost", extra={"client": peer[0], "error": str(error)})
+                return
+            self._answering.append(sock)
+        self.received(data, (peer, local), sock, thick=thick)
+
+    def pass_on(self, data: bytes, key: Key) -> Flow | None:
         """Send to the backend of the flow. If that has refused an earlier datagram, to another."""
         flow = self.flows.get(key) or self._flow(key)
         if flow is not None and not flow.send(data):
             flow = self._flow(key, avoid={flow.backend})
             if flow is not None:
                 flow.send(data)
+        return flow
+
+    def _admits(self, flow: Flow) -> bool:
+        if not flow.has_own_socket:
+            return True
+        action = action_for(self.listener.route, flow.client_ip, self.relay.surroundings())
+        return isinstance(action, Forward)
 
     def _flow(self, key: Key, avoid: Collection[Address] = NOBODY) -> Flow | None:
         peer, _local = key
@@ -246,7 +349,7 @@ class UdpFront:
         if not isinstance(action, Forward):
             return None
         backend = self.picker.pick(action.pool, peer[0], self.relay.loop.time(), avoid)
-        sock = self._connected(backend)
+        sock = self._connected(backend, self._name_for(peer[0], action, backend))
         if sock is None:
             self.relay.observe("dial_failed")
             return None
@@ -255,37 +358,29 @@ class UdpFront:
         self.relay.observe("forwarded")
         return flow
 
-    def _connected(self, backend: Address) -> socket.socket | None:
+    def _name_for(self, ip: str, action: Forward, backend: Address) -> str | None:
+        """Return the address that the backend shall see; None for this node's."""
+        transparent = self.relay.transparent
+        if transparent is None:
+            return None
+        return ip if transparent.keeps(action, ip, backend, self.relay.loop.time()) else None
+
+    def _connected(self, backend: Address, name: str | None) -> SocketType | None:
         family = socket.AF_INET6 if ":" in backend.ip else socket.AF_INET
         for _ in range(2):
             try:
-                sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+                sock = SocketType(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     self.relay.make_room(error)
                     continue
                 return None
             try:
+                if name is not None:
+                    dress(sock, name)
                 sock.connect(backend)
             except OSError:
                 sock.close()
                 return None
             return sock
         return None
-
-
-def local_address(extra: list[tuple[int, int, bytes]]) -> bytes:
-    """Return the packed address a datagram was sent to, out of its ancillary data."""
-    for level, kind, data in extra:
-        if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
-            return data[8:12]  # struct in_pktinfo: interface, local address, header's destination
-        if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
-            return data[:16]  # struct in6_pktinfo: address, interface
-    return b""
-
-
-def ancillary(sock: socket.socket, local: bytes) -> tuple[int, int, bytes]:
-    """Return the ancillary data that makes a datagram come from ``local``."""
-    if sock.family == socket.AF_INET6:
-        return socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, local + struct.pack("=I", 0)
-    return socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i", 0) + local + bytes(4)

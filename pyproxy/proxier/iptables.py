@@ -46,6 +46,10 @@ def unsupported() -> str | None:
     return None
 
 
+def settled(config: Config) -> Config:
+    return config
+
+
 def prepare(config: Config) -> tuple[str, ...]:
     unset = set_limits(config)
     primary_only = config.node_port_addresses == (PRIMARY,)
@@ -80,7 +84,7 @@ def tell_drift(env: Env, count: int) -> None:
     env.drifted("nat", count, "somebody")  # iptables does not tell who
 
 
-async def cleanup(family: Family, *, ours: bool = True) -> str | None:
+async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
     """Remove our rules and kube-proxy's, of whichever flavour they are.
 
     Both use the same chains, so that what kube-proxy left is gone with our first sync.

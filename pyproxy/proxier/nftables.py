@@ -20,6 +20,10 @@ def unsupported() -> str | None:
     return why_no_tables()
 
 
+def settled(config: Config) -> Config:
+    return config
+
+
 def prepare(config: Config) -> tuple[str, ...]:
     return set_limits(config)
 
@@ -33,7 +37,7 @@ def build(env: Env) -> Proxier:
     return Tracked(Reconciler("nftables", env.family, compiled, target, env.clock), env)
 
 
-async def cleanup(family: Family, *, ours: bool = True) -> str | None:
+async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
     """Delete kube-proxy's table, and ours, whichever process left them."""
     names = ["kube-proxy", *([nft_base.TABLE_NAME] if ours else [])]
     try:

@@ -11,18 +11,24 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from pyproxy.balancer import Picker
-from pyproxy.config import Config, node_port_cidrs
+from pyproxy.config import Config, node_port_cidrs, with_setting
 from pyproxy.delta import Delta
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
+from pyproxy.proxier import _transparent as transparent
 from pyproxy.proxier._around import surroundings
 from pyproxy.proxier._bypass import Bypass
+from pyproxy.proxier._capture import WAYS, Capture, best, risk, why_not
 from pyproxy.proxier._fronts import Fronts
+from pyproxy.proxier._lookup import Unsupported
+from pyproxy.proxier._socketlb import Balanced
+from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._tcp import TcpRelay
+from pyproxy.proxier._tproxy import remove_rules
+from pyproxy.proxier._transparent import Transparent
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
-from pyproxy.proxier._unclaimed import Unclaimed, Unsupported
 from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
-from pyproxy.reconcile import ApplyError, Proxier, Reconciler
+from pyproxy.reconcile import ApplyError, Difference, Proxier, Reconciler
 from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address, passes_by
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
@@ -36,29 +42,49 @@ def unsupported() -> str | None:
     return None
 
 
+def settled(config: Config) -> Config:
+    """Choose how to capture. Raises ``LookupError`` when it is set to what cannot be here."""
+    name = config.userspace.capture
+    if name == "auto":
+        return with_setting(config, "userspace.capture", best())
+    reason = why_not(name)
+    if reason is not None:
+        raise LookupError(f"userspace.capture: {name} cannot work on this node: {reason}")
+    if danger := risk(name):
+        log.warning("userspace.capture", extra={"capture": name, "problem": danger})
+    return config
+
+
 def prepare(config: Config) -> tuple[str, ...]:
     return ()
 
 
 def build(env: Env) -> Proxier:
-    target = Frontends(env)
+    target = Balanced(env, Frontends(env))
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
-async def cleanup(family: Family, *, ours: bool = True) -> str | None:
-    """Remove the local routes: all that outlives the process. kube-proxy has none."""
+async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
+    """Remove what outlives the process: routes, programs and rules. kube-proxy has none of it."""
     if not ours:
         return None
     routes, bypass = Vips(family, None), Bypass(family, RTPROT_PYPROXY)
     try:
+        remove_pins(family)
         left = routes.remove(routes.listed())
         bypass.clear()
     except OSError as error:
-        return f"cannot list local routes: {error.strerror}"
+        return f"cannot remove local routes and programs: {error}"
     finally:
         routes.close()
         bypass.close()
-    return "; ".join(left.values()) or None
+    problems = list(left.values())
+    try:
+        remove_rules(family)
+    except OSError as error:
+        problems.append(f"cannot remove the rules of the capture: {error.strerror}")
+    problem = transparent.remove(family)
+    return "; ".join([*problems, *([problem] if problem else [])]) or None
 
 
 class Frontends:
@@ -74,25 +100,36 @@ class Frontends:
             conntrack.udp_stream_timeout_seconds or defaults.stream,
         )
         observe = env.observe
-        self._tcp = TcpRelay(env.tasks, self._surroundings, partial(observe, "TCP"))
-        self._udp = UdpRelay(self._surroundings, timeouts, partial(observe, "UDP"))
-        self._fronts = Fronts(env.family, self._tcp, self._udp)
+        keeps = env.config.userspace.keep_client_address
+        self._transparent = Transparent(env.family, self._surroundings) if keeps else None
+        self._tcp = TcpRelay(self._surroundings, partial(observe, "TCP"), self._transparent)
+        self._udp = UdpRelay(
+            self._tcp.poller,
+            self._surroundings,
+            timeouts,
+            partial(observe, "UDP"),
+            self._transparent,
+        )
+        self._opened: Fronts | None = None
         self._pickers: dict[ServicePortName, Picker] = {}
         self._local: set[Vip] = set()  # what has a route of ours
         self._leaving: asyncio.TimerHandle | None = None  # for routes that are still in use
         self._vips: Vips | None = None
         self._bypass: Bypass | None = None
-        self._unclaimed: Unclaimed | None = None
         env.host.on_change(self._look_around)
 
     async def adopt(self) -> Mapping[Frontend, Listener]:
         """Return what listens; and see which local routes there are, from whomever."""
         if self._vips is None:
             await self._env.host.read()
+            self._opened = Fronts(self._env.family, self._tcp, self._udp, self._way())
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
             self._bypass = Bypass(self._env.family, RTPROT_PYPROXY)
-            self._unclaimed = self._silencer()
+            if self._transparent is not None:
+                self._transparent.switch_on()
+            else:
+                transparent.remove(self._env.family)  # of an earlier process
         try:
             self._local = self._vips.listed()
         except OSError as error:
@@ -112,14 +149,29 @@ class Frontends:
                 await asyncio.sleep(0)
         wanted = self._wanted(self._fronts.held() - delta.removed.keys())
         self._lead_past(frontend for users in wanted.values() for frontend in users)
+        self._commit()
         refused |= self._make_local(wanted)
         self._unroute(self._local - wanted.keys())
         self._close(delta.removed)
+        self._commit()
         return refused
+
+    async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
+        """Look at our sockets, and at the kernel's local routes. Raises ``ApplyError``."""
+        assert self._vips is not None, "what was written was adopted before"
+        try:
+            listed = self._vips.listed()
+        except OSError as error:
+            raise ApplyError(f"cannot list local routes: {error.strerror}") from error
+        found = [d for f, listener in wanted.items() for d in self._fronts.differing(f, listener)]
+        held = self._fronts.held()
+        missing = self._wanted(f for f in wanted if f in held).keys() - listed
+        lost = [Difference(f"local route {vip.ip}", "a route of ours", None) for vip in missing]
+        return (*found, *lost)
 
     async def clear(self) -> None:
         """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""
-        problem = await cleanup(self._env.family)
+        problem = await cleanup(self._env.family, self._env.config)
         self._local.clear()
         if problem is not None:
             raise ApplyError(problem)
@@ -128,7 +180,9 @@ class Frontends:
         """Stop listening, give open connections a moment, and let go of the rest."""
         if self._leaving is not None:
             self._leaving.cancel()
-        self._close(self._fronts.listeners())
+        if self._opened is not None:
+            self._close(self._opened.listeners())
+            self._opened.aclose()
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
                 await self._tcp.drained()
@@ -136,12 +190,12 @@ class Frontends:
             log.info("closing connections", extra={"open": self._tcp.open_count})
         self._tcp.close_all()
         self._udp.close_all()
+        if self._transparent is not None:
+            self._transparent.close()
         if self._vips is not None:
             self._vips.close()
         if self._bypass is not None:
             self._bypass.close()
-        if self._unclaimed is not None:
-            self._unclaimed.close()
 
     def _serve(
         self, owner: ServicePortName, listeners: dict[Frontend, Listener]
@@ -158,9 +212,13 @@ class Frontends:
             problem = self._fronts.put(frontend, listener, picker)
             if problem is not None:
                 refused[frontend] = f"{owner}: {frontend}: {problem}"
-            elif frontend.ip and self._unclaimed is not None:
-                self._unclaimed.claim(frontend)
         return refused
+
+    def _commit(self) -> None:
+        try:
+            self._fronts.commit()
+        except OSError as error:
+            raise ApplyError(f"cannot capture packets for Services: {error.strerror}") from error
 
     def _wanted(self, frontends: Iterable[Frontend]) -> dict[Vip, list[Frontend]]:
         """Return what must be led here for these frontends, and which of them need it."""
@@ -181,8 +239,8 @@ class Frontends:
         failed = self._vips.add(missing)
         for vip in missing - failed.keys():
             self._local.add(vip)
-            if self._unclaimed is not None and vip == whole_address(vip.ip):
-                self._unclaimed.watch(vip.ip)
+            if vip == whole_address(vip.ip):
+                self._fronts.capture.silence(vip.ip)
         lost = {frontend: why for vip, why in failed.items() for frontend in wanted[vip]}
         owners = {frontend: self._fronts.listener(frontend).owner for frontend in lost}
         self._close(lost)
@@ -206,10 +264,9 @@ class Frontends:
         gone = {vip for vip in unwanted if vip.ip not in in_use}
         self._local -= gone
         self._vips.remove(gone, self._local)
-        if self._unclaimed is not None:
-            for vip in gone:
-                if vip == whole_address(vip.ip):
-                    self._unclaimed.unwatch(vip.ip)
+        for vip in gone:
+            if vip == whole_address(vip.ip):
+                self._fronts.capture.unsilence(vip.ip)
         if gone != unwanted and self._leaving is None:
             loop = asyncio.get_running_loop()
             self._leaving = loop.call_later(LEAVING_SECONDS, self._look_at_leaving)
@@ -223,8 +280,11 @@ class Frontends:
             owner = self._fronts.close(frontend)
             if owner is not None and not self._fronts.of(owner):
                 self._pickers.pop(owner, None)
-            if frontend.ip and self._unclaimed is not None:
-                self._unclaimed.release(frontend)
+
+    @property
+    def _fronts(self) -> Fronts:
+        assert self._opened is not None, "adopt comes first"
+        return self._opened
 
     def _surroundings(self) -> Surroundings:
         return self._around
@@ -238,7 +298,8 @@ class Frontends:
         serving = None if ranges is None else seen.ips_in(env.family, ranges)
         if ranges is None and not env.config.iptables.localhost_node_ports:
             serving = sorted(ip for ip in ips if not is_loopback(ip))
-        self._fronts.surround(self._around, serving)
+        if self._opened is not None:
+            self._opened.surround(self._around, serving)
 
     def _source(self) -> str | None:
         """Return the address that the node's own connections to Services shall come from."""
@@ -247,15 +308,16 @@ class Frontends:
         others = sorted(ip for ip in own if not is_loopback(ip) and not ip.startswith("fe80:"))
         return next(iter(preferred + others), None)
 
-    def _silencer(self) -> Unclaimed | None:
+    def _way(self) -> Capture:
+        """Return the way to capture that the settings name, or the best there is.
+
+        Raises ``ApplyError`` when it cannot be had.
+        """
+        name = self._env.config.userspace.capture
         try:
-            return Unclaimed(self._env.family)
+            return WAYS[best() if name == "auto" else name](self._env.family)
         except Unsupported as why:
-            log.info(
-                "undefined ports of Service addresses will refuse instead of staying silent",
-                extra={"family": self._env.family, "reason": str(why)},
-            )
-            return None
+            raise ApplyError(f"userspace.capture: {name}: {why}") from why
 
 
 def pools(listeners: Mapping[Frontend, Listener]) -> list[Pool]:

@@ -4,6 +4,10 @@ A virtual server is for one address, protocol and port, and has the backends of 
 beyond the cluster, or of the cluster IP: those that most connections come for. What no virtual
 server can do is for table ``pyproxy-ipvs``: to refuse, drop, guard and masquerade; and where pods
 and the node reach more backends than strangers, it picks for them as mode nftables does.
+
+So it does for everybody where clients are to be remembered for a short time only: a virtual server
+remembers a client for as long as any connection of the client, and that one for two minutes after
+its end, or five minutes after the last datagram.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,6 +49,11 @@ from pyproxy.rules.nftables import (
 )
 
 SERVED = "served"  # a set: the frontends that virtual servers serve
+FALLBACK = "rr"  # the scheduler in the stead of one that the kernel has not
+# Schedulers that go on sending new connections to a destination of weight 0, and refuse them.
+WITHOUT_DRAINING = frozenset({"dh"})
+BRIEF_SECONDS = 300  # of session affinity: less is not for virtual servers
+WEIGHTED: Mapping[str, str] = {"rr": "wrr", "lc": "wlc"}
 
 
 class Server(Struct, frozen=True):
@@ -84,7 +93,8 @@ class Ruleset(Struct, frozen=True):
 
     table: nftables.Ruleset
     node_ips: tuple[str, ...]  # that serve node ports
-    scheduler: str = "rr"  # of Services that name none
+    scheduler: str = FALLBACK  # of Services that name none
+    missing: frozenset[str] = frozenset()  # schedulers that the kernel has not
 
 
 def entrance_of(name: str, *rules: Rule) -> Entrance:
@@ -100,7 +110,10 @@ def masked(ruleset: nftables.Ruleset) -> Entrance:
 
 def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Key, Content]) -> Items:
     """Return the items of one owner; ``before`` has those it had."""
-    items: Items = {}
+    if is_brief(port):
+        part = nftables.compile_owner(ruleset.table, port, table_part(before))
+        return widened(part) | local_cluster_ips(port)
+    items = local_cluster_ips(port)
     for route in port.routes:
         place = SERVICE if route.frontend.ip else NODE_PORT
         key = frontend_key(route.frontend)
@@ -108,7 +121,6 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Key, Content
         if route.kind == "ClusterIP":
             ip = route.frontend.ip
             items[Item("cluster-ips", packed_ip(ip), port.owner)] = PRESENT
-            items[LocalAddress(ip, None, port.owner)] = BOUND
         if route.allowed_sources is not None:
             items |= widened(guarded(key, route))
         pool = carried_pool(route)
@@ -117,6 +129,18 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Key, Content
     for address in local_backends(port):
         items[Item("hairpin", hairpin_key(address, port.owner.proto), port.owner)] = PRESENT
     return items
+
+
+def is_brief(port: PortPlan) -> bool:
+    """Say whether clients are remembered for too short a time for virtual servers."""
+    pools = (pool_of(route.from_node) for route in port.routes)
+    seconds = next((pool.affinity_seconds for pool in pools if pool is not None), None)
+    return seconds is not None and seconds < BRIEF_SECONDS
+
+
+def local_cluster_ips(port: PortPlan) -> Items:
+    ips = (route.frontend.ip for route in port.routes if route.kind == "ClusterIP")
+    return {LocalAddress(ip, None, port.owner): BOUND for ip in ips}
 
 
 def carried_pool(route: Route) -> Pool | None:
@@ -166,12 +190,13 @@ def server(
     """Return a virtual server with its destinations.
 
     Flows of a protocol without connections stay with a backend that serves on, though it is
-    given no more of them: it keeps its place, with a weight of 0.
+    given no more of them: it keeps its place, with a weight of 0, where the scheduler minds that.
     """
-    weighted = any(backend.weight != 1 for backend in pool.backends)
-    scheduler = kernel_scheduler(pool.scheduler, ruleset.scheduler, weighted=weighted)
+    scheduler = scheduler_of(ruleset, pool)
+    if scheduler in ruleset.missing:
+        scheduler = FALLBACK
     items: Items = {frontend: Server(scheduler, pool.affinity_seconds)}
-    for address in port.serving:
+    for address in port.serving if scheduler not in WITHOUT_DRAINING else ():
         if Destination(frontend, address) in before:
             items[Destination(frontend, address)] = 0
     for backend in pool.backends:
@@ -179,12 +204,28 @@ def server(
     return items
 
 
+def wanted_schedulers(ruleset: Ruleset, port: PortPlan) -> frozenset[str]:
+    """Return the schedulers that the virtual servers of an owner should have."""
+    if is_brief(port):
+        return frozenset()
+    pools = {id(pool): pool for route in port.routes if (pool := carried_pool(route)) is not None}
+    return frozenset(scheduler_of(ruleset, pool) for pool in pools.values())
+
+
+def scheduler_of(ruleset: Ruleset, pool: Pool) -> str:
+    weighted = any(backend.weight != 1 for backend in pool.backends)
+    return kernel_scheduler(pool.scheduler, ruleset.scheduler, weighted=weighted)
+
+
 def kernel_scheduler(name: Scheduler | None, default: str, *, weighted: bool) -> str:
-    """Return the kernel's name of a scheduler: some have a form that minds weights."""
+    """Return the kernel's name of a scheduler: some have a form that minds weights.
+
+    Who asks for ``rr`` by name asks for equal shares, as in all modes.
+    """
     word: str = name or default
     if word == "random":  # the kernel has none that is
         word = "rr"
-    return {"rr": "wrr", "lc": "wlc"}.get(word, word) if weighted else word
+    return WEIGHTED.get(word, word) if weighted and name != "rr" else word
 
 
 # --- the table ------------------------------------------------------------------------------------

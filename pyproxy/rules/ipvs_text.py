@@ -7,7 +7,9 @@ from pyproxy.model import Address, Frontend, Proto
 from pyproxy.rules.ipvs import Content, Destination, Key, Server
 
 PROTOS: Mapping[Proto, str] = {"TCP": "-t", "UDP": "-u", "SCTP": "--sctp-service"}
-OURS = "-b flag-3"  # see proxier/_ipvsnl.py
+# The flags of proxier/_ipvsnl.py. The last one marks what is ours.
+FLAGS: Mapping[str, str] = {"sh": "sh-fallback,flag-3", "mh": "mh-fallback,mh-port,flag-3"}
+OURS = "flag-3"
 
 
 def text(items: Mapping[Key, Content]) -> str:
@@ -33,7 +35,7 @@ def server_lines(
     affinity = ""
     if server.affinity_seconds is not None:
         affinity = f" -p {server.affinity_seconds}" + (" -M 128" if ":" in frontend.ip else "")
-    yield f"-A {where} -s {server.scheduler}{affinity} {OURS}"
+    yield f"-A {where} -s {server.scheduler}{affinity} -b {FLAGS.get(server.scheduler, OURS)}"
     for address, weight in sorted(destinations, key=lambda found: address_order(found[0])):
         yield f"-a {where} -r {address} -m -w {weight}"
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
-from pyproxy.balancer import turn_of
+from pyproxy.balancer import BY_CLIENT, BY_CONNECTIONS, turn_of
 from pyproxy.model import Address, Pool, Scheduler, ServicePortName
 from pyproxy.rules.nft import (
     Dnat,
@@ -34,10 +34,10 @@ LONGEST_TURN = 256  # slots of a pool, if it has no more backends
 PICKS: Mapping[Scheduler | None, tuple[str, PickKind]] = {
     None: ("", "random"),
     "random": ("", "random"),
-    "lc": ("", "random"),  # no rule can count connections
     "rr": ("-rr", "turn"),
     "wrr": ("-rr", "turn"),
-    "sh": ("-sh", "source"),
+    **dict.fromkeys(BY_CONNECTIONS, ("", "random")),  # no rule can count connections
+    **dict.fromkeys(BY_CLIENT, ("-sh", "source")),
 }
 
 # Data of a map; an element with a verdict, a comment or an interval; the rules of a chain; a set.

@@ -6,8 +6,7 @@ chain picks. So a change is a few elements, whatever the size of the cluster. Se
 session affinity alone have chains and sets of their own, one for each endpoint.
 """
 
-from collections import Counter as Multiset
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from ipaddress import collapse_addresses
 from typing import NamedTuple
@@ -48,6 +47,7 @@ from pyproxy.rules.nft import (
     packed_slot,
 )
 from pyproxy.rules.nft_affinity import CHAIN, PICKS, Content, Entrance, affine, identity, turn
+from pyproxy.rules.slots import settled
 
 REFUSE = Verdict("goto", "refuse")
 REFUSE_STRANGERS = Verdict("goto", "refuse-strangers")
@@ -195,28 +195,13 @@ def numbered_endpoints(
         if pool.affinity_seconds is None:
             addresses = [endpoint_data(address) for address in turn(pool)]
             slots = [Item(container, key + packed_slot(slot)) for slot in range(len(addresses))]
-            items.update(zip(slots, settled(addresses, slots, before), strict=True))
+            old = [data_of(before.get(slot)) for slot in slots] if before else []
+            items.update(zip(slots, settled(addresses, old), strict=True))
     return items
 
 
-def settled(
-    wanted: Sequence[bytes], slots: Sequence[Item], before: Mapping[Item, Content]
-) -> Sequence[bytes]:
-    """Return the endpoints by slot: each stays where it was if its slot still exists."""
-    old = [before.get(slot) for slot in slots] if before else []
-    if old == wanted or not any(old):
-        return wanted
-    left = Multiset(wanted)
-    kept = [data if isinstance(data, bytes) and take(left, data) else None for data in old]
-    others = iter([data for data in wanted if take(left, data)])
-    return [data if data is not None else next(others) for data in kept]
-
-
-def take(left: Multiset[bytes], data: bytes) -> bool:
-    if left[data] <= 0:
-        return False
-    left[data] -= 1
-    return True
+def data_of(content: Content | None) -> bytes | None:
+    return content if isinstance(content, bytes) else None
 
 
 def pools_of(route: Route, place: Place) -> Iterator[tuple[Pool, str]]:

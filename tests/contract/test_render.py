@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from pyproxy.render import RENDERERS
-
 pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])
 
 WEB = """
@@ -65,6 +63,19 @@ async def test_the_flags_of_the_node_count(web):
         assert line in output
 
 
+async def test_mode_ipvs_is_virtual_servers_and_the_table_beside_them(web):
+    flags = ("--family=4", "--node-name=here", "--ipvs-scheduler=wlc")
+    code, output, errors = await pyproxy_render("-f", web, "--mode=ipvs", *flags)
+    assert (code, errors) == (0, "")
+    servers, _, table = output.partition("\n\n")
+    assert servers.splitlines() == [
+        "-A -t 10.96.0.10:80 -s wlc -b flag-3",
+        "-a -t 10.96.0.10:80 -r 10.244.1.1:8080 -m -w 1",
+    ]
+    assert table.startswith("add table ip pyproxy-ipvs\ndelete table ip pyproxy-ipvs\n")
+    assert "10.96.0.10 . tcp . 80" in table
+
+
 async def test_what_was_passed_over_is_told_and_no_error(web):
     web.write_text(f"{WEB}---\nkind: Secret\nmetadata: {{name: s}}\n")
     outcome = await pyproxy_render("-f", web, "--mode=userspace")
@@ -79,11 +90,6 @@ async def test_what_was_passed_over_is_told_and_no_error(web):
             'mode: "nftabels" is not one of auto, userspace, iptables, nftables, ipvs '
             "(did you mean nftables?)",
             id="no mode at all",
-        ),
-        pytest.param(
-            ["--mode=ipvs", "-f", "-"],
-            f"mode: ipvs cannot be rendered; there is: {', '.join(RENDERERS)}",
-            id="a mode without text",
         ),
         pytest.param(
             [],

@@ -5,17 +5,24 @@ import struct
 
 from pyproxy.model import Address
 from pyproxy.proxier import _ipvsnl as nl
-from pyproxy.proxier._ipvsnl import Busy
+from pyproxy.proxier._ipvsnl import Busy, Counts
 from pyproxy.proxier._netlink import attributes
-from pyproxy.rules.ipvs import Server
+from pyproxy.reconcile import Difference
+from pyproxy.rules.ipvs import Destination, Server
+
+NOTHING = Counts(0, 0, 0, 0, 0)
+KERNELS = ("rr", "wrr", "lc", "wlc", "sh", "dh", "mh", "sed", "nq")
 
 
 class FakeIpvs:
-    def __init__(self, schedulers=("rr", "wrr", "lc", "wlc", "sh")):
+    def __init__(self, schedulers=KERNELS):
         self.schedulers = schedulers
         self.known = {}
         self.backends = {}
-        self.sent = []
+        self.counts = {}
+        self.foreign = set()
+        self.sent = []  # requests for a change
+        self.dumps = 0
 
     def carry_out(self, requests):
         self.sent += requests
@@ -23,10 +30,19 @@ class FakeIpvs:
         return [(request, code) for request, code in results if code]
 
     def servers(self, *, ours=True):
-        return dict(self.known) if ours else {}
+        self.dumps += 1
+        return {f: server for f, server in self.known.items() if (f in self.foreign) != ours}
 
     def destinations(self, server):
+        self.dumps += 1
         return dict(self.backends.get(server, {}))
+
+    def counters(self):
+        return {f: self.counts.get(f, NOTHING) for f in self.servers()}
+
+    def destination_counters(self, server):
+        found = self.destinations(server)
+        return {a: self.counts.get(Destination(server, a), NOTHING) for a in found}
 
     def connect(self, destination, *, active=0, inactive=0):
         """Have a destination used by so many connections."""
@@ -58,6 +74,7 @@ class FakeIpvs:
     def _server(self, command, frontend, body):
         if (command == nl.NEW_SERVICE) == (frontend in self.known):
             return errno.EEXIST if command == nl.NEW_SERVICE else errno.ESRCH
+        self.foreign.discard(frontend)
         if command == nl.DEL_SERVICE:
             del self.known[frontend], self.backends[frontend]
             return 0
@@ -96,6 +113,13 @@ class FakeTable:
 
     async def adopt(self):
         return dict(self.items)
+
+    async def compare(self, wanted):
+        return tuple(
+            Difference(str(key), str(value), None)
+            for key, value in wanted.items()
+            if self.items.get(key) != value
+        )
 
     async def apply(self, delta):
         for item in delta.removed:

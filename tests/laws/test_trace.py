@@ -4,7 +4,7 @@ from ipaddress import ip_address, ip_network
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -42,7 +42,7 @@ from tests.trace.packet import (
     World,
 )
 from tests.trace.plan import cluster_ips, fate, route_of
-from tests.trace.userspace import Listeners
+from tests.trace.userspace import Captured, Listeners
 
 FAMILIES = pytest.mark.parametrize("family", [4, 6])
 
@@ -241,14 +241,48 @@ def is_affine(route):
     return isinstance(action, Forward) and action.pool.affinity_seconds is not None
 
 
-@FAMILIES
-@given(st.data())
-def test_the_listeners_of_userspace_do_what_the_plan_says(family, data):
+def forwarder(data, family):
+    """A cluster with the world that mode userspace sees, and the networks of its pods."""
     cluster = data.draw(clusters(family))
     world = cluster.world._replace(node_ports_on_loopback=True)
     pods = () if world.pods is None else (
         ip_network(PLACES[family].pods_here) if world.pods == "cni0" else world.pods,
     )  # fmt: skip
+    return cluster, world, pods
+
+
+@FAMILIES
+@settings(max_examples=40)  # an interpreter in an interpreter
+@given(st.data())
+def test_the_program_at_the_socket_lookup_does_what_the_plan_says(family, data):
+    cluster, world, pods = forwarder(data, family)
+    captured = Captured(cluster.ports, world, pods, workers=data.draw(st.integers(1, 3)))
+    for packet in packets(cluster):
+        planned = fate(cluster.ports, packet, world)
+        if isinstance(planned, Delivered):
+            planned = Delivered(planned.backends)
+        elif route_of(cluster.ports, packet, world) is None:
+            planned = as_forwarder(planned, cluster.ports, packet, world)
+        assert captured.fate(packet, world) == planned, packet
+
+
+@FAMILIES
+@settings(max_examples=20)
+@given(st.data())
+def test_a_client_with_affinity_has_one_worker(family, data):
+    cluster, world, pods = forwarder(data, family)
+    captured = Captured(cluster.ports, world, pods, workers=3)
+    for packet in packets(cluster):
+        route = route_of(cluster.ports, packet, world)
+        if route is not None and is_affine(route):
+            ports = range(40000, 40100, 7)
+            assert len({captured.socket(packet, port) for port in ports}) == 1
+
+
+@FAMILIES
+@given(st.data())
+def test_the_listeners_of_userspace_do_what_the_plan_says(family, data):
+    cluster, world, pods = forwarder(data, family)
     listeners = Listeners(cluster.ports, world, pods)
     for packet in packets(cluster):
         expected = as_forwarder(fate(cluster.ports, packet, world), cluster.ports, packet, world)

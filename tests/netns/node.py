@@ -1,4 +1,4 @@
-"""A proxied node in this namespace: the real userspace mode, and backends to reach through it."""
+"""A proxied node in this namespace: one family of a real mode, and what tests say of it."""
 
 import asyncio
 import socket
@@ -11,7 +11,16 @@ from pyproxy.cache import Cache
 from pyproxy.config import Config
 from pyproxy.host import Host
 from pyproxy.lane import Lane
-from pyproxy.model import Endpoint, EndpointSlice, ObjectName, PortKey, Service, SpecPort, Upsert
+from pyproxy.model import (
+    Endpoint,
+    EndpointSlice,
+    ObjectName,
+    PortKey,
+    Remove,
+    Service,
+    SpecPort,
+    Upsert,
+)
 from pyproxy.plan import Site
 from pyproxy.process import SystemClock
 from pyproxy.runner import Pace
@@ -22,6 +31,7 @@ POD = {4: "10.244.1.10", 6: "fd00:10:244::10"}
 NODE_IP = {4: "192.0.2.11", 6: "fd00:c0de::11"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 VIP = {4: "10.96.0.{}", 6: "fd00:10:96::{}"}
+CAPTURE = "auto"
 SILENCE = 0.3  # seconds without an answer
 
 
@@ -59,7 +69,7 @@ class Observer:
 
     async def next(self):
         self._news.clear()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await self._news.wait()
         return self.reports[-1]
 
@@ -67,57 +77,73 @@ class Observer:
 class Node:
     """One family of a node, and what tests say of it in few words."""
 
-    def __init__(self, family, tasks, config):
+    def __init__(self, family, tasks, config, *, mode="userspace", host=None):
         self.family = family
         self.observer = Observer()
         self.tasks = tasks
-        self.host = PretendHost()
+        self.host = host or PretendHost()
         clock = SystemClock()
         self.lane = Lane(
             family, Cache(family), Pace(0.0, 5.0, 3600.0), clock, self.observer, lambda: None
         )
+        self.mode = proxier.load(mode)
         pods = POD[family] + ("/32" if family == 4 else "/128")
         self.env = proxier.Env(
             family=family,
-            config=structs.replace(config, mode="userspace", cluster_cidr=pods),
+            config=structs.replace(
+                config,
+                mode=mode,
+                cluster_cidr=config.cluster_cidr or pods,
+                userspace=structs.replace(config.userspace, capture=CAPTURE),
+            ),
             clock=clock,
             tasks=tasks,
             host=self.host,
             node=None,
             node_ips=(NODE_IP[family],),
             observe=self.observer.connection,
+            resync=self.lane.resync,
         )
 
     def vip(self, number=1):
         return VIP[self.family].format(number)
 
-    async def start(self):
+    async def start(self, changes=()):
+        """Begin with what has been listed, as a process does; return the first sync's report."""
+        for change in changes:
+            self.lane.change(change)
         await self.host.read()
-        self.carrier = proxier.load("userspace").build(self.env)
+        self.carrier = self.mode.build(self.env)
         self.lane.move(Site(Place("here"), NODE_IP[self.family]))
         self.lane.start(self.carrier)
-        self.job = self.tasks.create_task(self.lane.run())
+        self.tasks.create_task(self.lane.run())
         return await self.observer.next()
 
-    async def stop(self):
-        self.job.cancel()
+    async def stop(self, *, keep=False):
         await self.carrier.aclose()
-        await self.carrier.clear()
+        if not keep:
+            await self.carrier.clear()
 
     async def service(self, name, number, *, proto="TCP", port=80, node_port=0, **fields):
         """Create or change a Service with the cluster IP ``vip(number)``."""
         ip = {f"cluster_ip{self.family}": self.vip(number)}
         ports = (SpecPort("", proto, port, node_port),)
         obj = Service(ObjectName("default", name), ports=ports, **ip, **fields)
-        return await self._change(Upsert("Service", obj))
+        return await self.change(Upsert("Service", obj))
+
+    async def remove(self, name):
+        return await self.change(Remove("Service", ObjectName("default", name)))
 
     async def endpoints(self, name, *addresses, proto="TCP", node="here", **conditions):
-        found = tuple(Endpoint(a, node=node, **conditions) for a in addresses)
+        found = tuple(
+            a if isinstance(a, Endpoint) else Endpoint(a, node=node, **conditions)
+            for a in addresses
+        )
         slice_name = ObjectName("default", name)
         obj = EndpointSlice(slice_name, slice_name, self.family, {PortKey("", proto): found})
-        return await self._change(Upsert("EndpointSlice", obj))
+        return await self.change(Upsert("EndpointSlice", obj))
 
-    async def _change(self, change):
+    async def change(self, change):
         if self.lane.change(change):
             return await self.observer.next()
         return None
@@ -161,12 +187,33 @@ def udp_client(ip, port, source=None):
     return sock
 
 
+class Jobs:
+    """A task group whose tasks, which would run for ever, can be ended."""
+
+    def __init__(self, tasks):
+        self._tasks = tasks
+        self._started = []
+
+    def create_task(self, job, **rest):
+        task = self._tasks.create_task(job, **rest)
+        self._started.append(task)
+        return task
+
+    async def end(self):
+        for task in self._started:
+            task.cancel()
+        await asyncio.gather(*self._started, return_exceptions=True)
+
+
 @asynccontextmanager
-async def proxied(family, config=None):
+async def proxied(family, config=None, *, changes=(), keep=False, **rest):
+    """Run a node; at the end remove what it made, or ``keep`` it as a process that ends does."""
     async with asyncio.TaskGroup() as tasks:
-        node = Node(family, tasks, config or Config())
-        await node.start()
+        jobs = Jobs(tasks)
+        node = Node(family, jobs, config or Config(), **rest)
+        await node.start(changes)
         try:
             yield node
         finally:
-            await node.stop()
+            await jobs.end()
+            await node.stop(keep=keep)

@@ -1,6 +1,7 @@
 """The userspace mode on the real kernel: who is served, refused, or met with silence."""
 
 import asyncio
+import os
 import resource
 import socket
 import struct
@@ -11,7 +12,12 @@ import pytest
 from pyproxy.config import Config, IPTables
 from pyproxy.model import Address
 from pyproxy.proxier import userspace
-from pyproxy.proxier._unclaimed import Unclaimed, Unsupported
+from pyproxy.proxier._capture import WAYS
+from pyproxy.proxier._capture import why_not as why_not_captured
+from pyproxy.proxier._lookup import Lookup, Unsupported
+from pyproxy.reconcile import Verified
+from tests.builders import owner
+from tests.netns import node as node_module
 from tests.netns.node import (
     LOOPBACK,
     NODE_IP,
@@ -23,6 +29,15 @@ from tests.netns.node import (
 )
 
 both = pytest.mark.parametrize("family", [4, 6])
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def _capture(request, monkeypatch):
+    """Do each test with each way to capture."""
+    reason = why_not_captured(request.param)
+    if reason is not None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    monkeypatch.setattr(node_module, "CAPTURE", request.param)
 
 
 class Backend:
@@ -75,7 +90,7 @@ class Backend:
 
 def may_load(family):
     try:
-        Unclaimed(family).close()
+        Lookup(family).close()
     except Unsupported:
         return False
     return True
@@ -293,10 +308,8 @@ async def test_when_no_endpoint_answers_the_client_is_reset():
     async with proxied(4) as node:
         await node.service("web", 1)
         await node.endpoints("web", Address("127.0.0.1", 1))
-        reader, writer = await node.connect(node.vip(1))
         with pytest.raises(ConnectionResetError):
-            await reader.read()
-        writer.close()
+            await node.ask(node.vip(1))
         assert ("TCP", "dial_failed") in node.observer.results
 
 
@@ -415,4 +428,21 @@ async def test_what_an_earlier_process_left_is_taken_over_or_removed():
             await node.service("api", 2)
             assert {vip.ip for vip in routes.listed()} == {"10.96.0.1", "10.96.0.2"}
         assert routes.listed() == set()
+        routes.close()
+
+
+async def test_it_verifies_sockets_and_routes_and_mends_nothing():
+    from pyproxy.proxier._vips import Vips, whole_address
+
+    async with Backend(4, "a") as a, proxied(4) as node:
+        await node.service("web", 1, node_port=30080)
+        await node.endpoints("web", a.address)
+        web = owner("web")
+        assert await node.carrier.verify({web}) == Verified(2)
+        routes = Vips(4, None)
+        routes.remove([whole_address("10.96.0.1")])
+        found = await node.carrier.verify({web})
+        assert [d.entry for d in found.differences] == ["local route 10.96.0.1"]
+        routes.add([whole_address("10.96.0.1")])
+        assert await node.carrier.verify({web}) == Verified(2)
         routes.close()

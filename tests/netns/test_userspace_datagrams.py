@@ -68,7 +68,10 @@ async def test_a_thousand_udp_clients_have_flows_that_end_with_their_silence(mon
         async with proxied(4, idle) as node:
             await node.service("dns", 1, port=53, proto="UDP")
             await node.endpoints("dns", backend.address, proto="UDP")
-            files, relay = open_files(), node.carrier._target._udp
+            assert await node.ask_udp(node.vip(1), 53) == b"?"  # by now all is open that stays
+            relay = node.carrier._target._udp
+            assert await becomes(0, lambda: relay.open_count) == 0
+            files = open_files()
 
             async def trial(_number):
                 client = udp_client(node.vip(1), 53)

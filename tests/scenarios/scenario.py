@@ -15,11 +15,12 @@ from pyproxy.render import (
     Settings,
     by_owner,
     iptables_ruleset,
+    ipvs_ruleset,
     nft_ruleset,
     rules_text,
     scenes,
 )
-from pyproxy.rules import iptables, listeners, nftables
+from pyproxy.rules import iptables, ipvs, listeners, nftables
 from tests.manifest_builders import DUAL
 
 FOLDER = Path(__file__).parent
@@ -30,6 +31,7 @@ ORIGINS = ("pod", "node", "outside")
 COMPILERS = {
     "iptables": lambda scene: partial(iptables.compile_owner, iptables_ruleset(scene)),
     "nftables": lambda scene: partial(nftables.compile_owner, nft_ruleset(scene)),
+    "ipvs": lambda scene: partial(ipvs.compile_owner, ipvs_ruleset(scene)),
     "userspace": lambda scene: listeners.compile_owner,
 }
 

@@ -3,8 +3,44 @@
 Their backends always see an address of this node: nothing is said of masquerading.
 """
 
+from ipaddress import ip_address
+
 from pyproxy.host import LOOPBACK
 from pyproxy.model import Drop, Forward, Frontend, Pass
+from pyproxy.rules.capture import (
+    NO_SOURCES,
+    NUMBER,
+    ORIGINS,
+    PROTOCOLS,
+    address_key,
+    entry,
+    frontend_key,
+    network_key,
+    origins,
+    packed_entry,
+    packed_standing,
+    sizes,
+)
+from pyproxy.rules.capture_code import (
+    ADDRESS_FAMILY,
+    FAMILY,
+    FIRST_WORKER,
+    LOCAL_IP4,
+    LOCAL_IP6,
+    LOCAL_PORT,
+    MAP_LOOKUP,
+    PROTOCOL,
+    REMOTE_IP4,
+    REMOTE_IP6,
+    REMOTE_PORT,
+    SINK_OF_TCP,
+    SINK_OF_UDP,
+    SK_ASSIGN,
+    SK_DROP,
+    SK_RELEASE,
+    Maps,
+    code,
+)
 from pyproxy.rules.guard import guard
 from pyproxy.rules.listeners import (
     Surroundings,
@@ -15,6 +51,7 @@ from pyproxy.rules.listeners import (
     stance,
 )
 from tests.trace.cbpf import verdict
+from tests.trace.ebpf import Hash, Trie, look_up, run
 from tests.trace.packet import DROPPED, REFUSED, UNTOUCHED, Delivered
 
 
@@ -62,3 +99,82 @@ class Listeners:
         """The address of a Service is local: its other ports are kept silent."""
         own = {f.ip for f, listener in self.listeners.items() if owns_address(listener.route)}
         return DROPPED if packet.destination in own else UNTOUCHED
+
+
+class Captured(Listeners):
+    """The same frontends by the program at the socket lookup, with its maps.
+
+    It is the program's verdict that counts; whose backends a client gets is the listener's word.
+    """
+
+    def __init__(self, ports, world, pods, workers=1):
+        super().__init__(ports, world, pods)
+        family, size = world.family, sizes(world.family)
+        self.maps = Maps(
+            entries=Hash(size.entry),
+            networks=Trie(size.network),
+            sockets=Hash(4),
+        )
+        self.code = code(family, Maps(*range(len(self.maps))), workers)
+        for number, (frontend, listener) in enumerate(self.listeners.items(), 1):
+            made = entry(listener.route)
+            limited = made.sources is not None
+            packed = packed_entry(made, number if limited else NO_SOURCES)
+            self.maps.entries[frontend_key(frontend, family)] = packed
+            for network in made.sources or ():
+                self.maps.networks[network_key(network, number)] = NUMBER.pack(1)
+            if owns_address(listener.route):
+                self.maps.entries[address_key(frontend.ip, family)] = packed_standing("silent")
+        for network, origin in origins(self.around, family).items():
+            self.maps.networks[network_key(network)] = NUMBER.pack(ORIGINS[origin])
+        for ip in world.node_port_ips if world.node_port_ips is not None else ("",):
+            self.maps.entries[address_key(ip, family)] = packed_standing("node ports")
+        for index in range(FIRST_WORKER + 2 * workers):
+            self.maps.sockets[NUMBER.pack(index)] = index
+
+    def fate(self, packet, world):
+        listener = self._listener(packet, world)
+        if listener is not None:
+            action = action_for(listener.route, packet.sender.ip, self.around)
+            if isinstance(action, Pass):
+                return UNTOUCHED  # a routing rule leads it past
+        socket = self.socket(packet)
+        if socket in (SINK_OF_TCP, SINK_OF_UDP):
+            return DROPPED
+        if socket is None:
+            return UNTOUCHED
+        if socket == "refused":
+            return REFUSED
+        return Delivered(frozenset(backend.address for backend in action.pool.backends))
+
+    def socket(self, packet, port=40000):
+        """Return the number of the socket that gets the packet, which comes from this port."""
+        assigned = []
+        helpers = {
+            MAP_LOOKUP: look_up,
+            SK_ASSIGN: lambda _context, found, *_: assigned.append(found.memory) or 0,
+            SK_RELEASE: lambda *_: 0,
+        }
+        verdict = run(self.code, bytearray(context(packet, port)), self.maps, helpers)
+        if assigned:
+            assert assigned[0] % 2 == (packet.proto == "UDP"), "a socket of another protocol"
+            return assigned[0]
+        return "refused" if verdict == SK_DROP else None
+
+
+def context(packet, port):
+    """Return the ``struct bpf_sk_lookup`` of a packet."""
+    sender, local = ip_address(packet.sender.ip).packed, ip_address(packet.destination).packed
+    v4 = len(sender) == 4
+    fields = {
+        FAMILY: NUMBER.pack(ADDRESS_FAMILY[4 if v4 else 6]),
+        PROTOCOL: NUMBER.pack(PROTOCOLS[packet.proto]),
+        REMOTE_IP4 if v4 else REMOTE_IP6: sender,
+        REMOTE_PORT: port.to_bytes(2, "big"),
+        LOCAL_IP4 if v4 else LOCAL_IP6: local,
+        LOCAL_PORT: NUMBER.pack(packet.port),
+    }
+    made = bytearray(68)
+    for offset, value in fields.items():
+        made[offset : offset + len(value)] = value
+    return made

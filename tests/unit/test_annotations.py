@@ -71,8 +71,8 @@ def test_an_unknown_scheduler_is_named_with_the_known_ones():
     with pytest.raises(AnnotationError) as caught:
         parse_scheduler("fastest")
     assert str(caught.value) == (
-        'annotation pyproxy.io/scheduler: "fastest" is not one of rr, wrr, random, lc, sh; '
-        "it is ignored"
+        'annotation pyproxy.io/scheduler: "fastest" is not one of rr, wrr, random, lc, wlc, '
+        "sh, dh, mh, sed, nq; it is ignored"
     )
 
 

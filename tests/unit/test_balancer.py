@@ -71,16 +71,18 @@ def test_random_asks_for_a_number_below_the_turn():
     assert asked[-1] == 3
 
 
-def test_a_source_always_hashes_to_the_same_backend():
-    chosen = pool([1] * 8, scheduler="sh")
+@pytest.mark.parametrize("scheduler", ["sh", "dh", "mh"])
+def test_a_source_always_hashes_to_the_same_backend(scheduler):
+    chosen = pool([1] * 8, scheduler=scheduler)
     subject = picker(chosen)
     of = {c: set(picks(subject, chosen, 5, c)) for c in (f"10.0.0.{n}" for n in range(64))}
     assert all(len(backends) == 1 for backends in of.values())
     assert len(set().union(*of.values())) > 4
 
 
-def test_least_connections_prefers_the_idle_and_the_heavy():
-    chosen = pool([1, 1, 2], scheduler="lc")
+@pytest.mark.parametrize("scheduler", ["lc", "wlc", "sed", "nq"])
+def test_least_connections_prefers_the_idle_and_the_heavy(scheduler):
+    chosen = pool([1, 1, 2], scheduler=scheduler)
     subject = picker(chosen)
     subject.opened(A)
     subject.opened(C)

@@ -109,6 +109,19 @@ CASES = [
         "ipvs.tcpFinTimeout: -1s is negative",
     ),
     ({"mode": "ipvs", "ipvs__udp_timeout_seconds": -1.0}, "ipvs.udpTimeout: -1s is negative"),
+    ({"mode": "ipvs", "ipvs__drain_timeout_seconds": -1.0}, "ipvs.drainTimeout: -1s is negative"),
+    (
+        {"userspace__capture": "sk_lookups"},
+        'userspace.capture: "sk_lookups" is not one of auto, sk_lookup, tproxy, listeners'
+        " (did you mean sk_lookup?)",
+    ),
+    ({"userspace__socket_lb": "on"}, 'userspace.socketLB: "on" is not one of auto, off'),
+    ({"userspace__workers": -1}, "userspace.workers: -1 is not between 0 and 256"),
+    ({"userspace__drain_timeout_seconds": -1.0}, "userspace.drainTimeout: -1s is negative"),
+    (
+        {"userspace__runtime_dir": "run"},
+        'userspace.runtimeDir: "run" is not an absolute path',
+    ),
     (
         {"mode": "ipvs", "ipvs__exclude_cidrs": ("10.0.0.0/8", "10.0.0.1")},
         'ipvs.excludeCIDRs[1]: "10.0.0.1" is not a CIDR such as 10.0.0.0/8 or fd00::/64',
@@ -239,6 +252,7 @@ def test_all_problems_are_reported_together():
         ("ipvs", {}, ["nodePortAddresses"]),
         ("nftables", {"feature_gates": {"NativeHistogram": True}}, ["featureGates"]),
         ("nftables", {"ipvs__scheduler": "rr"}, ["ipvs"]),
+        ("nftables", {"userspace__workers": 2}, ["userspace"]),
         pytest.param(
             "nftables", {"ipvs__min_sync_period_seconds": 9.0}, [], id="period everywhere"
         ),

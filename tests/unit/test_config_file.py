@@ -9,6 +9,7 @@ from pyproxy.config import (
     Logging,
     LogOptions,
     LogStream,
+    Userspace,
     VModule,
 )
 from pyproxy.config.file import dump, load
@@ -89,6 +90,10 @@ windowsRunAsService: false
 """
 
 
+# Which kube-proxy does not have.
+OWN = {"cloudAnnotations", "ipvs.bindAddresses", "ipvs.drainTimeout"}
+
+
 def test_the_file_of_kubeadm_is_read_unchanged():
     kubeconfig = "/var/lib/kube-proxy/kubeconfig.conf"
     expected = Config(
@@ -98,10 +103,12 @@ def test_the_file_of_kubeadm_is_read_unchanged():
 
 
 def test_a_file_has_every_field_of_the_api():
-    own = {"cloudAnnotations"}
-    assert _names(dump(Config())) - own - {"featureGates", "logging.format", "logging.vmodule"} == (
+    dumped = dump(Config())
+    del dumped["userspace"]  # kube-proxy has no such mode any more
+    assert _names(dumped) - {"featureGates", "logging.format", "logging.vmodule"} == (
         _names(yaml.safe_load(KUBEADM))
         | {"logging.options.json.splitStream", "logging.options.text.splitStream"}
+        | OWN
     )
 
 
@@ -121,6 +128,21 @@ def test_a_file_that_says_nothing_is_the_defaults():
     ("text", "expected"),
     [
         ("mode: nftables", Config(mode="nftables")),
+        ("userspace: {capture: ''}", Config()),
+        (
+            "userspace: {capture: tproxy, workers: 2, socketLB: 'off', drainTimeout: 1m,"
+            " keepClientAddress: false, runtimeDir: /x}",
+            Config(
+                userspace=Userspace(
+                    capture="tproxy",
+                    workers=2,
+                    socket_lb="off",
+                    keep_client_address=False,
+                    drain_timeout_seconds=60.0,
+                    runtime_dir="/x",
+                )
+            ),
+        ),
         ("healthzBindAddress: 127.0.0.1", Config(healthz_bind_address="127.0.0.1:10256")),
         (
             'bindAddress: "::"',

@@ -164,6 +164,8 @@ def test_without_flags_the_defaults_are_in_effect():
         pytest.param(["--bind-address=::"], Config(bind_address="::"), id="others do not follow"),
         (["--feature-gates=AllAlpha=true"], Config(feature_gates={"AllAlpha": True})),
         (["--ipvs-scheduler=lc"], Config(ipvs=IPVS(scheduler="lc"))),
+        (["--ipvs-bind-addresses"], Config(ipvs=IPVS(bind_addresses=True))),
+        (["--ipvs-drain-timeout=90s"], Config(ipvs=IPVS(drain_timeout_seconds=90.0))),
         (["--vmodule=a=1"], Config(logging=Logging(vmodule=(VModule("a", 1),)))),
         (["--hostname-override= Node-B "], Config(hostname_override="node-b")),
         (["--cluster-cidr=10.0.0.0/8,fd00::/8"], Config(cluster_cidr="10.0.0.0/8,fd00::/8")),

@@ -8,12 +8,15 @@ from pyproxy.model import Frontend
 from pyproxy.plan import plan_port
 from pyproxy.rules import nftables
 from pyproxy.rules.ipvs import (
+    BOUND,
+    BRIEF_SECONDS,
     Destination,
     LocalAddress,
     Ruleset,
     Server,
     compile_owner,
     kernel_scheduler,
+    wanted_schedulers,
 )
 from pyproxy.rules.nft import Verdict
 from tests.builders import SITE, VIP, address, draining, endpoint, owner, remote, service_port
@@ -108,8 +111,18 @@ def test_policy_local_whose_endpoints_are_all_local_needs_no_picks():
 
 
 def test_affinity_is_the_virtual_servers():
-    found = items(endpoint(1), affinity_seconds=30, node_port=30080)
-    assert set(servers(found).values()) == {Server("rr", 30)}
+    found = items(endpoint(1), affinity_seconds=BRIEF_SECONDS, node_port=30080)
+    assert set(servers(found).values()) == {Server("rr", BRIEF_SECONDS)}
+
+
+def test_brief_affinity_is_the_tables():
+    found = items(endpoint(1), remote(2), affinity_seconds=BRIEF_SECONDS - 1, **LOCAL)
+    port = plan_port(
+        service_port(affinity_seconds=BRIEF_SECONDS - 1, **LOCAL), [endpoint(1), remote(2)], SITE
+    )
+    local = LocalAddress(VIP, None, owner())
+    assert found == {**nftables.compile_owner(TABLE, port, {}), local: BOUND}
+    assert not wanted_schedulers(RULESET, port)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +132,8 @@ def test_affinity_is_the_virtual_servers():
         pytest.param("sh", "rr", False, "sh", id="a Service has its own"),
         pytest.param(None, "rr", True, "wrr", id="weights count also by default"),
         pytest.param("lc", "rr", True, "wlc", id="and with the fewest connections"),
+        pytest.param("rr", "wlc", True, "rr", id="who asks for equal shares gets them"),
+        *(pytest.param(name, "rr", True, name, id=name) for name in ("dh", "mh", "sed", "nq")),
         pytest.param("random", "rr", False, "rr", id="the kernel has no random one"),
     ],
 )
@@ -138,3 +153,22 @@ def test_a_flow_of_udp_stays_with_a_backend_that_serves_on():
     assert weights(new, server) == {1: 0, 2: 1}
     assert Destination(server, address(1)) not in items(endpoint(2), name=name, before=new)
     assert weights(items(draining(1), endpoint(2), name=name), server) == {2: 1}, "it had none"
+
+
+def test_a_scheduler_that_the_kernel_has_not_is_replaced():
+    ruleset = Ruleset(TABLE, NODE_IPS, missing=frozenset({"mh"}))
+    assert servers(items(endpoint(1), scheduler="mh", ruleset=ruleset)) == {
+        CLUSTER_IP: Server("rr")
+    }
+
+
+def test_a_service_says_which_schedulers_it_needs():
+    port = plan_port(service_port(scheduler="mh", **LOCAL), [endpoint(1), remote(2)], SITE)
+    assert wanted_schedulers(RULESET, port) == {"mh"}
+    assert wanted_schedulers(RULESET, plan_port(service_port(), [], SITE)) == frozenset()
+
+
+def test_with_scheduler_dh_nobody_drains():
+    old = items(endpoint(1), endpoint(2), scheduler="dh")
+    new = items(draining(1), endpoint(2), scheduler="dh", before=old)
+    assert weights(new) == {2: 1}

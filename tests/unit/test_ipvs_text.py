@@ -1,8 +1,9 @@
 """Virtual servers as text."""
 
 from pyproxy.model import Address, Frontend
+from pyproxy.proxier._ipvsnl import SCHEDULER_FLAGS
 from pyproxy.rules.ipvs import Destination, Server
-from pyproxy.rules.ipvs_text import text
+from pyproxy.rules.ipvs_text import FLAGS, text
 from pyproxy.rules.nftables import PRESENT, Item
 
 WEB = Frontend("10.96.0.2", 80, "TCP")
@@ -24,7 +25,11 @@ def test_the_text_is_what_ipvsadm_saves():
         "-A -t 10.96.0.2:80 -s wrr -p 30 -b flag-3\n"
         "-a -t 10.96.0.2:80 -r 10.244.1.9:8080 -m -w 3\n"
         "-a -t 10.96.0.2:80 -r 10.244.1.10:8080 -m -w 0\n"
-        "-A --sctp-service 10.96.0.10:5060 -s sh -b flag-3\n"
+        "-A --sctp-service 10.96.0.10:5060 -s sh -b sh-fallback,flag-3\n"
         "-A -u [fd96::a]:53 -s rr -p 60 -M 128 -b flag-3\n"
         "-a -u [fd96::a]:53 -r [fd02::1]:53 -m -w 1\n"
     )
+
+
+def test_all_schedulers_with_flags_have_them_here_too():
+    assert FLAGS.keys() == SCHEDULER_FLAGS.keys()

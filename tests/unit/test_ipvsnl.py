@@ -34,6 +34,14 @@ def hexes(text):
             id="a server of IPv6 that remembers its clients",
         ),
         pytest.param(
+            nl.new_server(WEB4, Server("mh")),
+            """5400 0100  0600 0100 0200 0000  0600 0200 0600 0000
+            1400 0300 0a600001 00000000 00000000 00000000  0600 0400 0050 0000
+            0700 0600 6d6800 00  0c00 0700 38000000 ffffffff
+            0800 0800 00000000  0800 0900 ffffffff""",
+            id="a server whose clients go elsewhere while a destination drains",
+        ),
+        pytest.param(
             nl.new_destination(Destination(WEB4, Address("10.244.1.1", 8080)), 3),
             """3000 0100  0600 0100 0200 0000  0600 0200 0600 0000
             1400 0300 0a600001 00000000 00000000 00000000  0600 0400 0050 0000
@@ -52,3 +60,33 @@ def hexes(text):
 )
 def test_messages_are_what_ip_vs_reads(request_, body):
     assert request_.body == hexes(body)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(
+            {
+                nl.STATS: bytes(4),
+                nl.STATS64: hexes(
+                    """0c00 0100 0300000000000000  0c00 0200 1e00000001000000
+                    0c00 0300 1400000000000000  0c00 0400 b80b000000000000
+                    0c00 0500 d007000000000000  0c00 0600 0000000000000000"""
+                ),
+            },
+            id="of 64 bits",
+        ),
+        pytest.param(
+            {
+                nl.STATS: hexes(
+                    """0800 0100 03000000  0800 0200 1e000000  0800 0300 14000000
+                    0c00 0400 b80b000000000000  0c00 0500 d007000000000000  0800 0600 00000000"""
+                )
+            },
+            id="of 32 bits, of old kernels",
+        ),
+    ],
+)
+def test_counters_are_connections_packets_and_bytes_of_both_ways(values):
+    many = 1 << 32 if nl.STATS64 in values else 0
+    assert nl.counts_of(values) == nl.Counts(3, 30 + many, 20, 3000, 2000)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from pyproxy.balancer import turn_of
+from pyproxy.balancer import BY_CLIENT, BY_CONNECTIONS, turn_of
 from pyproxy.delta import diff
 from pyproxy.model import Address, Backend, Pool, ServicePortName
 from pyproxy.plan import plan_port
@@ -123,10 +123,16 @@ def test_one_endpoint_of_a_hundred_is_a_handful_of_changes():
     ("scheduler", "chain"),
     [
         pytest.param(None, "pick-2", id="at random unless told otherwise"),
-        pytest.param("lc", "pick-2", id="connections cannot be counted"),
+        *(
+            pytest.param(name, "pick-2", id=f"{name}: connections cannot be counted")
+            for name in sorted(BY_CONNECTIONS)
+        ),
         pytest.param("rr", "pick-rr-2", id="in turn"),
         pytest.param("wrr", "pick-rr-2", id="in turn, with weights"),
-        pytest.param("sh", "pick-sh-2", id="by the source"),
+        *(
+            pytest.param(name, "pick-sh-2", id=f"{name}: by the source")
+            for name in sorted(BY_CLIENT)
+        ),
     ],
 )
 def test_a_scheduler_chooses_the_chain(scheduler, chain):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pyproxy.config import Config
+from pyproxy.config import MODES, Config
 from pyproxy.render import RENDERERS, RenderError, Request, Settings, read, request, rules_text
 from tests.manifest_builders import SETTINGS, hand_written, node, pod, resolved, service
 
@@ -13,6 +13,10 @@ def test_the_command_keeps_what_is_its_own_and_passes_on_the_rest():
     words = ["-f", "a", "--cluster-cidr", "10.0.0.0/8", "-f", "b", "-v=4", "--mode", "userspace"]
     shared = ["--cluster-cidr", "10.0.0.0/8", "-v=4", "--proxy-mode=userspace"]
     assert request(words) == (Request(("a", "b")), shared)
+
+
+def test_every_mode_can_be_rendered():
+    assert {"auto", *RENDERERS} == set(MODES)
 
 
 @pytest.mark.parametrize("mode", RENDERERS)

@@ -1,0 +1,60 @@
+"""The flags of mode userspace, which are pyproxy's own."""
+
+from typing import Final
+
+from pyproxy.config import CAPTURES, SOCKET_LB
+from pyproxy.config.flags_kinds import BOOL, DURATION, INTEGER, STRING, Flag, Group
+
+USERSPACE: Final = Group(
+    "Mode userspace",
+    (
+        Flag(
+            "userspace-capture",
+            STRING,
+            "userspace.capture",
+            "How packets for Services come to our sockets: one of "
+            f"{', '.join(CAPTURES)}; auto is the first that works.",
+            placeholder="HOW",
+        ),
+        Flag(
+            "userspace-workers",
+            INTEGER,
+            "userspace.workers",
+            "Processes that carry traffic; 0 is one for each core.",
+            default="0",
+        ),
+        Flag(
+            "userspace-socket-lb",
+            STRING,
+            "userspace.socket_lb",
+            f"{' or '.join(SOCKET_LB)}: choose endpoints where pods and this node connect.",
+            placeholder="WHEN",
+        ),
+        Flag(
+            "userspace-cgroup",
+            STRING,
+            "userspace.cgroup",
+            "Choose endpoints for the processes of this cgroup (v2); all, if not given.",
+            placeholder="PATH",
+        ),
+        Flag(
+            "userspace-keep-client-address",
+            BOOL,
+            "userspace.keep_client_address",
+            "Let endpoints see their client's address, as far as the other modes do.",
+        ),
+        Flag(
+            "userspace-drain-timeout",
+            DURATION,
+            "userspace.drain_timeout_seconds",
+            "How long to serve after SIGTERM, until a successor has taken over.",
+        ),
+        Flag(
+            "userspace-runtime-dir",
+            STRING,
+            "userspace.runtime_dir",
+            "Where a successor finds this process; /run/pyproxy if not given.",
+            placeholder="PATH",
+        ),
+    ),
+)

@@ -1,0 +1,167 @@
+"""The kernel's socket lookup for Service addresses: which of our sockets has a packet.
+
+Linux: Documentation/bpf/prog_sk_lookup.rst; kernel 5.9 or newer, CAP_BPF and CAP_NET_ADMIN.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from itertools import count
+
+from pyproxy.model import Family, Frontend, Network
+from pyproxy.proxier import _bpf
+from pyproxy.proxier._sockets import Shared, silent
+from pyproxy.rules.capture import (
+    NO_SOURCES,
+    NUMBER,
+    ORIGINS,
+    Entry,
+    Standing,
+    address_key,
+    frontend_key,
+    network_key,
+    origins,
+    packed_entry,
+    packed_standing,
+    sizes,
+)
+from pyproxy.rules.capture_code import FIRST_WORKER, Maps, code
+from pyproxy.rules.listeners import Surroundings
+
+LPM_TRIE = 11
+MAX_ENTRIES = 1 << 18
+
+
+class Unsupported(Exception):
+    """This kernel, or this process's privileges, do not allow it."""
+
+
+class Lookup:
+    """The entries for one family, in the network namespace of the process."""
+
+    def __init__(self, family: Family, workers: Sequence[Shared] = ()) -> None:
+        """Load and attach the program, which leads to these sockets. Raises ``Unsupported``."""
+        self._family = family
+        self._pending: dict[bytes, bytes] = {}  # entries that are not in effect yet
+        self._lists: dict[Frontend, tuple[int, tuple[Network, ...]]] = {}  # of allowed sources
+        self._unused: list[tuple[int, tuple[Network, ...]]] = []
+        self._fresh = count(1)
+        self._free: list[int] = []  # numbers that were used before
+        self._origins: set[bytes] = set()
+        self._node_port_keys: set[bytes] = set()
+        self._sinks: list[socket.socket] = []
+        self._handles: list[_bpf.Handle] = []
+        try:
+            self._open(workers)
+        except OSError as error:
+            self.close()
+            raise Unsupported(error.strerror) from error
+
+    def _open(self, workers: Sequence[Shared]) -> None:
+        size = sizes(self._family)
+        self._entries = self._map(_bpf.HASH, size.entry, 8)
+        self._networks = self._map(LPM_TRIE, size.network, 4)
+        self._sinks += [silent(self._family, "TCP"), silent(self._family, "UDP")]
+        served = [sock for each in workers for sock in (each.tcp, each.udp)]
+        entries = FIRST_WORKER + len(served)
+        namespace = os.open("/proc/self/ns/net", os.O_RDONLY)
+        try:
+            with (
+                _bpf.create_map(_bpf.SOCKMAP, 4, 4, entries, name="pyproxy") as sockets,
+                self._program(sockets, len(workers)) as program,
+            ):
+                for index, sock in enumerate([*self._sinks, *served]):
+                    sockets[NUMBER.pack(index)] = NUMBER.pack(sock.fileno())
+                link = _bpf.create_link(program, namespace, _bpf.ATTACH_SK_LOOKUP)
+                self._handles.append(link)
+        finally:
+            os.close(namespace)
+
+    def _program(self, sockets: _bpf.Map, workers: int) -> _bpf.Handle:
+        maps = Maps(self._entries.fd, self._networks.fd, sockets.fd)
+        made = code(self._family, maps, workers)
+        attach = _bpf.ATTACH_SK_LOOKUP
+        return _bpf.load_program(_bpf.SK_LOOKUP, made, attach=attach, name="pyproxy")
+
+    def close(self) -> None:
+        """Detach the program: its link ends with its descriptor."""
+        for handle in reversed(self._handles):
+            handle.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def put(self, frontend: Frontend, entry: Entry) -> None:
+        """Make an entry, or replace it, with the next ``commit``. Raises ``OSError``."""
+        number, sources = self._lists.get(frontend, (NO_SOURCES, None))
+        if entry.sources != sources:
+            self._drop_list(frontend)
+            number = NO_SOURCES
+            if entry.sources is not None:
+                number = self._with_list(frontend, entry.sources)
+        self._pending[frontend_key(frontend, self._family)] = packed_entry(entry, number)
+
+    def drop(self, frontend: Frontend) -> None:
+        self._forget(frontend_key(frontend, self._family))
+        self._drop_list(frontend)
+
+    def stand(self, ip: str, standing: Standing) -> None:
+        """Say what an address is, the empty one being all others, with the next ``commit``."""
+        self._pending[address_key(ip, self._family)] = packed_standing(standing)
+
+    def fall(self, ip: str) -> None:
+        """Say no more what an address is."""
+        self._forget(address_key(ip, self._family))
+
+    def commit(self) -> None:
+        """Have all in effect; an entry is replaced between two packets. Raises ``OSError``."""
+        self._entries.update(list(self._pending.items()))
+        self._pending.clear()
+        for number, networks in self._unused:
+            self._networks.discard(network_key(network, number) for network in networks)
+            self._free.append(number)
+        self._unused.clear()
+
+    def surround(self, around: Surroundings, node_port_ips: Sequence[str] | None) -> None:
+        """Take in where connections come from, and at which addresses node ports are served."""
+        wanted = {
+            network_key(network): NUMBER.pack(ORIGINS[origin])
+            for network, origin in origins(around, self._family).items()
+        }
+        for key, value in wanted.items():
+            self._networks[key] = value
+        self._networks.discard(self._origins - wanted.keys())
+        self._origins = set(wanted)
+        ips = node_port_ips if node_port_ips is not None else ("",)
+        keys = {address_key(ip, self._family) for ip in ips}
+        value = packed_standing("node ports")
+        for key in keys:
+            self._entries[key] = value
+        self._entries.discard(self._node_port_keys - keys)
+        self._node_port_keys = keys
+
+    def _with_list(self, frontend: Frontend, networks: tuple[Network, ...]) -> int:
+        """Make a list of sources for a frontend; return its number."""
+        if not self._free:
+            self._free.append(next(self._fresh))
+        number = self._free.pop()
+        self._lists[frontend] = number, networks
+        for network in networks:
+            self._networks[network_key(network, number)] = NUMBER.pack(1)
+        return number
+
+    def _drop_list(self, frontend: Frontend) -> None:
+        """Give up a list of sources, once no entry has its number any more."""
+        found = self._lists.pop(frontend, None)
+        if found is not None:
+            self._unused.append(found)
+
+    def _forget(self, key: bytes) -> None:
+        self._pending.pop(key, None)
+        del self._entries[key]
+
+    def _map(self, kind: int, key_size: int, value_size: int) -> _bpf.Map:
+        created = _bpf.create_map(
+            kind, key_size, value_size, MAX_ENTRIES, flags=_bpf.GROWS, name="pyproxy"
+        )
+        self._handles.append(created)
+        return created

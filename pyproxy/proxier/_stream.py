@@ -1,0 +1,115 @@
+"""A busy UDP flow: moves datagrams between two connected sockets, in batches if they are many.
+
+A flow that has earned it has a socket of its own towards its client, bound to the frontend's
+address beside the frontend's socket. The kernel prefers it for the datagrams of its client, and
+nobody here has to look at an address any more.
+"""
+
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from errno import EMSGSIZE
+from socket import IPPROTO_IP, IPPROTO_IPV6, MSG_DONTWAIT, SocketType
+from typing import Any
+
+from pyproxy.proxier._batch import Batch
+from pyproxy.proxier._poller import Poller
+from pyproxy.proxier._sockets import OPTIONS, enlarge_queue
+
+LARGEST = 65536
+THICK = 4  # rounds of the poller with a datagram in each, until batches are tried
+THICKEST = 8
+
+BUFFER = memoryview(bytearray(LARGEST))  # nothing stays in it: one thread, no waiting in between
+
+
+class Way:
+    """One direction of a flow.
+
+    ``heard`` is called when something comes, ``refused`` when a socket has an error to tell.
+    """
+
+    __slots__ = ("_batch", "_heard", "_poller", "_refused", "_round", "_sink", "_source", "_thick")
+
+    def __init__(
+        self,
+        poller: Poller,
+        batch: Batch,
+        source: SocketType,
+        sink: SocketType,
+        heard: Callable[[], None],
+        refused: Callable[[SocketType], None],
+    ) -> None:
+        self._poller = poller
+        self._batch = batch
+        self._source = source
+        self._sink = sink
+        self._heard = heard
+        self._refused = refused
+        self._round = 0
+        self._thick = 0
+
+    def ready(self, _events: int) -> None:
+        """Move one datagram, or a batch of them once they come thick."""
+        self._heard()
+        is_thick = self._thick >= THICK
+        try:
+            if is_thick:
+                count = self._batch.receive(self._source.fileno())
+            else:
+                count = self._source.recv_into(BUFFER, LARGEST, MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._refused(self._source)
+            return
+        self._measure(count if is_thick else None)
+        try:
+            if is_thick:
+                self._batch.send(self._sink.fileno(), count)
+            else:
+                self._sink.send(BUFFER[:count], MSG_DONTWAIT)
+        except BlockingIOError:
+            pass  # the queue is full: UDP loses it, as a network would
+        except OSError as error:
+            if error.errno != EMSGSIZE:  # that is about one datagram only
+                self._refused(self._sink)
+
+    def _measure(self, batch: int | None) -> None:
+        """Find out how thick datagrams come: from round to round, then by the size of batches."""
+        if batch is not None:
+            self._thick = THICKEST if batch > 1 else self._thick - 1
+            return
+        rounds = self._poller.rounds
+        self._thick = self._thick + 1 if rounds == self._round + 1 else 0
+        self._round = rounds
+
+
+def beside(front: socket.socket, local: tuple[str, int], peer: tuple[Any, ...]) -> SocketType:
+    """Return a socket at a frontend's address, connected to one of its clients.
+
+    Between binding and connecting it may be given datagrams of others. Raises ``OSError``.
+    """
+    sock = SocketType(front.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
+    level = IPPROTO_IPV6 if front.family == socket.AF_INET6 else IPPROTO_IP
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for name in ("freebind", "transparent"):
+            if front.getsockopt(level, OPTIONS[name, level]):
+                sock.setsockopt(level, OPTIONS[name, level], 1)
+        enlarge_queue(sock)
+        sock.bind(local)
+        sock.connect(peer)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def strays(sock: SocketType) -> list[tuple[bytes, tuple[Any, ...]]]:
+    """Return the datagrams that a new socket was given before it was connected, with senders."""
+    found = []
+    with suppress(OSError):
+        while True:
+            found.append(sock.recvfrom(LARGEST, MSG_DONTWAIT))
+    return found

@@ -1,0 +1,63 @@
+"""The programs that deploy/ is checked with: `make tools` gets them."""
+
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+TOOLS = ROOT / ".venv" / "tools"
+BASE = DEPLOY / "kustomize" / "base"
+COMPONENTS = DEPLOY / "kustomize" / "components"
+CHART = DEPLOY / "helm" / "pyproxy"
+MODES = ("nftables", "iptables", "ipvs", "userspace")
+
+
+def needed(path, how):
+    """Return a path; where it is missing, CI fails and others skip."""
+    if not path.exists():
+        reason = f"{path.relative_to(ROOT)} is missing: {how}"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return path
+
+
+def run(tool, *arguments, stdin="", fails=False):
+    """Return what a tool prints; with ``fails``, what it complains about."""
+    path = needed(TOOLS / tool, "make tools")
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(
+        [path, *map(str, arguments)], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
+    output, errors = child.communicate(stdin, timeout=60)
+    assert (child.returncode != 0) == fails, output + errors
+    return errors if fails else output
+
+
+@cache
+def kustomized(folder, *components):
+    """Return what `kubectl kustomize` makes of the base, or of it and components, as text.
+
+    ``folder`` is where an overlay may be written.
+    """
+    if not components:
+        return run("kubectl", "kustomize", BASE)
+    overlay = {
+        "resources": [os.path.relpath(BASE, folder)],
+        "components": [os.path.relpath(COMPONENTS / name, folder) for name in components],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    return run("kubectl", "kustomize", folder)
+
+
+def mode_components(mode):
+    return () if mode == "nftables" else (f"mode-{mode}",)
+
+
+def only(kind, text):
+    """Return the one object of a kind in some manifests."""
+    (found,) = (o for o in yaml.safe_load_all(text) if o["kind"] == kind)
+    return found
