@@ -59,10 +59,7 @@ class Fronts:
         self._outdated: list[TcpFront | UdpFront] = []  # until the capture leads elsewhere
         self._datagrams: Datagrams | None = None
         self.sockets: list[socket.socket] = []  # where the capture brings connections to
-        if capture.sockets is not None:
-            self.sockets.append(capture.sockets.tcp)
-            tcp.listen(capture.sockets.tcp, self)
-            self._datagrams = Datagrams(udp.poller, capture.sockets.udp, self.udp_front)
+        self._admits = False  # by the shared sockets: not before all frontends are there
         self._held: dict[Frontend, Held] = {}
         self._of_owner: dict[ServicePortName, dict[Frontend, Listener]] = {}
         self._around = Surroundings()
@@ -136,6 +133,7 @@ class Fronts:
     def commit(self) -> None:
         """Have all changes in effect, and close what they replace. Raises ``OSError``."""
         self.capture.commit()
+        self._admit()
         for front in self._outdated:
             front.close()
         self._outdated.clear()
@@ -157,13 +155,46 @@ class Fronts:
         )
         return held.front if held is not None else None
 
-    def aclose(self) -> None:
-        """Let nobody in any more by the shared sockets, and close these."""
+    def _admit(self) -> None:
+        shared = self.capture.sockets
+        if self._admits or shared is None:
+            return
+        self._admits = True
+        self.sockets.append(shared.tcp)
+        self._tcp.listen(shared.tcp, self)
+        self._datagrams = Datagrams(self._udp.poller, shared.udp, self.udp_front)
+
+    def retire(self) -> None:
+        """Let nobody in any more; a successor does, by the same addresses."""
         for sock in self.sockets:
             self._tcp.unlisten(sock)
         self.sockets.clear()
         if self._datagrams is not None:
             self._datagrams.close()
+        for held in self._held.values():
+            if isinstance(held.front, TcpFront):
+                for sock in held.front.sockets:
+                    self._tcp.unlisten(sock)
+
+    def leave(self) -> None:
+        """Close the sockets of frontends; what the capture has in the kernel is the successor's.
+
+        Datagrams that are on their way back still find their client.
+        """
+        for held in self._held.values():
+            if held.front is not None and not held.taken:
+                held.front.close()
+        self.capture.leave()
+
+    def end(self) -> None:
+        """Close what ``leave`` has left open."""
+        for held in self._held.values():
+            if held.front is not None:
+                held.front.close()
+
+    def aclose(self) -> None:
+        """Let nobody in any more, and remove what the capture has in the kernel."""
+        self.retire()
         self.capture.close()
 
     def close(self, frontend: Frontend) -> ServicePortName | None:
@@ -182,6 +213,8 @@ class Fronts:
         moved = node_port_ips != self._node_port_ips
         self._around, self._node_port_ips = around, node_port_ips
         self.capture.surround(around, node_port_ips)
+        if self._admits:
+            self.capture.commit()
         for frontend, held in list(self._held.items()):
             if held.front is None or held.taken:
                 continue

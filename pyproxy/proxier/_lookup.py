@@ -133,10 +133,9 @@ class Lookup:
         self._origins = set(wanted)
         ips = node_port_ips if node_port_ips is not None else ("",)
         keys = {address_key(ip, self._family) for ip in ips}
-        value = packed_standing("node ports")
-        for key in keys:
-            self._entries[key] = value
-        self._entries.discard(self._node_port_keys - keys)
+        self._pending |= dict.fromkeys(keys, packed_standing("node ports"))
+        for key in self._node_port_keys - keys:
+            self._forget(key)
         self._node_port_keys = keys
 
     def _with_list(self, frontend: Frontend, networks: tuple[Network, ...]) -> int:

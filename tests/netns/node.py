@@ -94,7 +94,9 @@ class Node:
                 config,
                 mode=mode,
                 cluster_cidr=config.cluster_cidr or pods,
-                userspace=structs.replace(config.userspace, capture=CAPTURE),
+                userspace=structs.replace(
+                    config.userspace, capture=CAPTURE, drain_timeout_seconds=0.0
+                ),
             ),
             clock=clock,
             tasks=tasks,
