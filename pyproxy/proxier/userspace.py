@@ -229,12 +229,9 @@ class Frontends:
             log.info("closing connections", extra={"open": self._tcp.open_count})
         self._tcp.close_all()
         self._udp.close_all()
-        if self._transparent is not None:
-            self._transparent.close()
-        if self._vips is not None:
-            self._vips.close()
-        if self._bypass is not None:
-            self._bypass.close()
+        for opened in (self._transparent, self._vips, self._bypass):
+            if opened is not None:
+                opened.close()
 
     async def _retire(self) -> list[Given]:
         """Let nobody in any more; return the connections that there are, for a successor."""

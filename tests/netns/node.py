@@ -95,14 +95,11 @@ class Node:
                 mode=mode,
                 cluster_cidr=config.cluster_cidr or pods,
                 userspace=structs.replace(
-<<<<<<< HEAD
-                    config.userspace, capture=CAPTURE, drain_timeout_seconds=0.0
-=======
                     config.userspace,
                     capture=CAPTURE,
                     # Only tests of it say for which sockets: others are about the relay.
                     socket_lb=config.userspace.socket_lb if config.userspace.cgroup else "off",
->>>>>>> relay
+                    drain_timeout_seconds=0.0,
                 ),
             ),
             clock=clock,
