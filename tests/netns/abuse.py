@@ -12,7 +12,7 @@ def open_files():
 
 
 def connection_counts(node):
-    fronts = node.carrier._target._fronts._held.values()
+    fronts = node.frontends._fronts._held.values()
     return [dict(held.front.picker._open) for held in fronts if held.front is not None]
 
 
