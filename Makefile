@@ -20,7 +20,7 @@ GUEST_TOOLS = qemu-system-x86_64:qemu-system-x86 virtiofsd:$(VIRTIOFSD) busybox:
 # A package of its own since Debian 13.
 VIRTIOFSD = $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd || echo qemu-system-common)
 
-.PHONY: help setup demo test check format scenarios netns guest tools image conformance bench clean
+.PHONY: help setup demo test check format scenarios netns guest tools image conformance bench commands clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
 
@@ -60,6 +60,9 @@ bench: $(VENV)/ready  ## figures, as ratios to something measured in the same ru
 
 scenarios: $(VENV)/ready  ## rewrite what the scenario files say the rules are: read it as a change
 	$(BIN)/pytest -q tests/scenarios --rewrite
+
+commands: setup  ## rewrite what docs/commands.md shows of the commands: real output
+	$(BIN)/python -m docs.make_commands
 
 format: $(VENV)/ready  ## put the code into its form
 	$(BIN)/ruff format .

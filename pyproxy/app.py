@@ -25,6 +25,8 @@ from pyproxy.config import (
 )
 from pyproxy.config.check import family_problems
 from pyproxy.config.file import dump
+from pyproxy.control import Control
+from pyproxy.daemon import Daemon
 from pyproxy.health import Health
 from pyproxy.health_ports import HealthPorts
 from pyproxy.host import Host
@@ -90,6 +92,7 @@ class Settings(Struct, frozen=True):
     flags: Mapping[str, str]
     init_only: bool = False
     succeeds_others: bool = False  # after the first sync, remove what others left on the node
+    control_socket: str = ""  # where commands are answered; empty: nowhere
     waits_for_node: bool = True  # an API server may yet complete the Node; a manifest will not
 
 
@@ -115,6 +118,8 @@ class App:
         pace = Pace(min_seconds, sync_seconds, max(FULL_SYNC_SECONDS, min_seconds))
         self._lanes = [self._lane(family, pace) for family in settings.families]
         self._proxiers: list[Proxier] = []
+        self._daemon = Daemon(settings.node_name, config, self._lanes)
+        self._daemon.publish(metrics)
 
     async def run(self, *watchdogs: Coroutine[object, object, None]) -> None:
         """Serve until told to stop, or until a watchdog raises. Raises ``Fatal``."""
@@ -162,7 +167,14 @@ class App:
             config.metrics_bind_address, self._metrics, about, self._clock.unix,
             hard_fail=hard, on_failure=partial(failed, "FailedToStartMetricServer"),
         )  # fmt: skip
-        return [*jobs, server.run()]
+        jobs.append(server.run())
+        if self._settings.control_socket:
+            started_at = self._clock.unix()
+            control = Control(
+                self._settings.control_socket, self._daemon.view, started_at, self._daemon.live()
+            )
+            jobs.append(control.run())
+        return jobs
 
     async def _serve(self, tasks: asyncio.TaskGroup) -> None:
         """Once all is known that a first sync needs, begin to write, and go on."""
@@ -236,7 +248,9 @@ class App:
             counted=self._metrics.count_elsewhere,
             passed=partial(self._metrics.passed, lane.family),
         )
-        return proxier.load(self._settings.config.mode).build(env)
+        carrier = proxier.load(self._settings.config.mode).build(env)
+        self._daemon.carries(env, carrier)
+        return carrier
 
     # --- what the feed says -------------------------------------------------------------------
 

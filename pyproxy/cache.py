@@ -42,11 +42,13 @@ class Cache:
         self._family = family
         self._started_at = started_at
         self._allow_external_ips = allow_external_ips
+        self._services: dict[ObjectName, Service] = {}
         self._cloud = cloud
         self._ports: dict[ObjectName, dict[PortKey, ServicePort]] = {}
         self._slices: dict[ObjectName, dict[ObjectName, EndpointSlice]] = {}
         self._service_of_slice: dict[ObjectName, ObjectName] = {}
         self._triggers: dict[ObjectName, list[float]] = {}
+        self.versions: dict[Kind, int] = {}  # the newest resourceVersion of each kind
 
     def apply(self, change: Change) -> Owners:
         """Take in a change; return the owners that have to be planned again."""
@@ -56,6 +58,7 @@ class Cache:
             case Upsert(obj=EndpointSlice() as endpoint_slice):
                 return self._put_slice(endpoint_slice)
             case Remove(kind="Service", name=name):
+                self._services.pop(name, None)
                 return self._set_ports(name, {})
             case Remove(kind="EndpointSlice", name=name):
                 return self._drop_slice(name)
@@ -101,6 +104,18 @@ class Cache:
                 merged[endpoint.address] = endpoint
         return tuple(merged[address] for address in sorted(merged, key=str))
 
+    def services(self) -> Mapping[ObjectName, Service]:
+        """Return all Services, also those that have no ports in this family."""
+        return self._services
+
+    def ports(self, service: ObjectName) -> tuple[ServicePort, ...]:
+        return tuple(self._ports.get(service, {}).values())
+
+    def slices(self, service: ObjectName) -> tuple[EndpointSlice, ...]:
+        """Return the slices of a Service, by name."""
+        found = self._slices.get(service, {})
+        return tuple(found[name] for name in sorted(found))
+
     def take_triggers(self) -> tuple[float, ...]:
         """Return, once, when the endpoint changes since the last call began (Unix seconds)."""
         times = tuple(at for times in self._triggers.values() for at in times)
@@ -108,6 +123,8 @@ class Cache:
         return times
 
     def _put_service(self, service: Service) -> Owners:
+        self._services[service.name] = service
+        self._note_version("Service", service.resource_version)
         ports = service_ports(
             service,
             self._family,
@@ -128,6 +145,7 @@ class Cache:
         return {(ports.get(key) or before[key]).name for key in changed}
 
     def _put_slice(self, new: EndpointSlice) -> Owners:
+        self._note_version("EndpointSlice", new.resource_version)
         if new.family != self._family:
             return self._drop_slice(new.name)
         owners: Owners = set()
@@ -168,8 +186,13 @@ class Cache:
         if new.triggered_at is not None and new.triggered_at > self._started_at:
             self._triggers.setdefault(new.service, []).append(new.triggered_at)
 
+    def _note_version(self, kind: Kind, version: str) -> None:
+        """Kubernetes 1.35 on: versions of one kind are whole numbers, in order (KEP-5504)."""
+        if version.isdecimal() and (number := int(version)) > self.versions.get(kind, 0):
+            self.versions[kind] = number
+
     def _names(self, kind: Kind) -> tuple[ObjectName, ...]:
-        return tuple(self._ports if kind == "Service" else self._service_of_slice)
+        return tuple(self._services if kind == "Service" else self._service_of_slice)
 
 
 def liveliness(endpoint: Endpoint) -> tuple[bool, bool, bool]:

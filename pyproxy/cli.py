@@ -9,20 +9,17 @@ from pathlib import Path
 
 import yaml
 
-from pyproxy import __version__, proxier
+from pyproxy import __version__, commands, proxier
 from pyproxy.config import Config, gate, node_name, with_mode
-from pyproxy.config.check import validate, warnings
-from pyproxy.config.file import Loaded, dump
-from pyproxy.config.flags import Options, effective_config, flag_values, help_text, parse
+from pyproxy.config.check import warnings
+from pyproxy.config.file import dump
+from pyproxy.config.flags import Options, flag_values, help_text, parse
 from pyproxy.config.text import ConfigError, did_you_mean
+from pyproxy.settings import SettingsError, file_text, loaded
 
 COMMANDS = ("run", "demo", "render", "cleanup", "version", "help")
 
 log = logging.getLogger(__name__)
-
-
-class SettingsError(Exception):
-    """The settings cannot be used; each argument is one line for a terminal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,25 +27,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = words.pop(0) if words and not words[0].startswith("-") else "run"
     try:
-        match command:
-            case "run":
-                return run(parse(words))
-            case "cleanup":
-                return run(parse([*words, "--cleanup"]))
-            case "demo":
-                from pyproxy import demo
-
-                return demo.main(words)
-            case "render":
-                return render(words)
-            case "version" | "help":
-                return run(parse([f"--{command}"]))
-            case _:
-                return fail(f'unknown command "{command}"{did_you_mean(command, COMMANDS)}')
+        return carried_out(command, words)
+    except (commands.CommandError, SettingsError) as error:
+        return fail(*error.args)
     except ConfigError as error:
         return fail(f"{error} (pyproxy --help lists all flags)")
     except KeyboardInterrupt:
         return 130
+
+
+def carried_out(command: str, words: list[str]) -> int:
+    match command:
+        case "run":
+            return run(parse(words))
+        case "cleanup":
+            return run(parse([*words, "--cleanup"]))
+        case "demo":
+            from pyproxy import demo
+
+            return demo.main(words)
+        case "render":
+            return render(words)
+        case "version" | "help":
+            return run(parse([f"--{command}"]))
+        case _ if command in commands.names():
+            return commands.load(command).main(words)
+        case _:
+            known = (*COMMANDS, *commands.names())
+            return fail(f'unknown command "{command}"{did_you_mean(command, known)}')
 
 
 def run(options: Options) -> int:
@@ -91,31 +97,6 @@ def render(words: Sequence[str]) -> int:
     fail(*remarks)  # told, and no reason to print nothing
     sys.stdout.write(text)
     return 0
-
-
-def file_text(options: Options) -> str | None:
-    """Return what the configuration file says, if there is one. Raises ``SettingsError``."""
-    if not options.config:
-        return None
-    try:
-        return Path(options.config).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"--config {options.config}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        problem = f"byte {error.start} is not UTF-8"
-        raise SettingsError(f"--config {options.config}: {problem}") from error
-
-
-def loaded(options: Options, text: str | None, hostname: str) -> Loaded:
-    """Return the settings in effect. Raises ``SettingsError``."""
-    where = f"--config {options.config}: " if options.config else ""
-    try:
-        found = effective_config(options, text, hostname)
-    except ConfigError as error:
-        raise SettingsError(f"{where}{error}") from error
-    if problems := validate(found.config):
-        raise SettingsError(*(where + problem for problem in problems))
-    return found
 
 
 def write_config(config: Config, path: Path) -> int:
@@ -168,6 +149,7 @@ async def serving(options: Options, config: Config, node: str, text: str | None)
         families=families(),
         flags=flag_values(options),
         init_only=options.init_only,
+        control_socket=options.control_socket,
         succeeds_others=True,
         waits_for_node=not options.manifests,
     )

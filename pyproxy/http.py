@@ -57,15 +57,25 @@ class Responder:
 
     async def open(self, addresses: Sequence[tuple[str, int]], *, dual_stack: bool) -> None:
         """Listen. Raises OSError, and then listens nowhere."""
-        loop = asyncio.get_running_loop()
         try:
             for ip, port in addresses:
                 self._sockets.append(_bound_socket(ip, port, dual_stack=dual_stack))
-            for bound in self._sockets:
-                self._servers.append(await loop.create_server(self._http, sock=bound))
+            await self._listen()
         except (OSError, asyncio.CancelledError):
             await self.close()
             raise
+
+    async def open_unix(self, bound: socket.socket) -> None:
+        """Listen on a Unix socket that has its path already."""
+        self._sockets.append(bound)
+        await self._listen()
+
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        for bound in self._sockets:
+            is_unix = bound.family == socket.AF_UNIX
+            create = loop.create_unix_server if is_unix else loop.create_server
+            self._servers.append(await create(self._http, sock=bound))
 
     async def close(self) -> None:
         """Stop listening, end what is under way; the addresses are free when this returns."""

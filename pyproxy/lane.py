@@ -7,8 +7,9 @@ from typing import Protocol
 from msgspec import structs
 
 from pyproxy.cache import Cache, Owners
-from pyproxy.model import Change, Family, HealthPort, ObjectName
-from pyproxy.plan import Planner, Site
+from pyproxy.model import Change, Family, HealthPort, Kind, ObjectName
+from pyproxy.plan import Plan, Planner, Site
+from pyproxy.progress import Progress
 from pyproxy.reconcile import Clock, Proxier
 from pyproxy.report import SyncReport
 from pyproxy.runner import Pace, Runner
@@ -38,28 +39,31 @@ class Lane:
     ) -> None:
         self.family: Family = family
         self.first_sync = asyncio.Event()
-        self._cache = cache
+        self.progress = Progress()
+        self.cache = cache
         self._planner = Planner()
         self._runner = Runner(pace, self._sync, clock.monotonic)
         self._observer = observer
         self._on_success = on_success
         self._pending: Owners = set()
-        self._site: Site | None = None
+        self.site: Site | None = None
         self._proxier: Proxier | None = None
 
     def change(self, change: Change) -> bool:
         """Take in a change; say whether it concerns this family."""
-        owners = self._cache.apply(change)
-        self._pending |= owners
+        owners = self.cache.apply(change)
         if owners:
+            self._pending |= owners
+            self.progress.noted(owners)
             self._request()
         return bool(owners)
 
     def move(self, site: Site) -> None:
         """Take in that the node is elsewhere, or another address is its: plan everything anew."""
-        if site != self._site:
-            self._site = site
-            self._pending.update(self._cache.owners())
+        if site != self.site:
+            self.site = site
+            self._pending.update(self.cache.owners())
+            self.progress.noted(self._pending)
             self._request()
 
     def resync(self) -> None:
@@ -76,8 +80,16 @@ class Lane:
     async def run(self) -> None:
         await self._runner.run()
 
+    @property
+    def plan(self) -> Plan:
+        return self._planner.plan
+
     def health_ports(self) -> dict[ObjectName, HealthPort]:
         return self._planner.plan.health_ports()
+
+    def written(self, kind: Kind) -> int:
+        """Return up to which ``resourceVersion`` all objects of a kind are written; 0: unknown."""
+        return self.progress.written(self.cache.versions).get(kind, 0)
 
     def pending_count(self) -> int:
         return len(self._pending)
@@ -90,13 +102,15 @@ class Lane:
     async def _sync(self, full: bool) -> bool:
         """Plan what changed and write it; say whether nothing is left to be tried again."""
         assert self._proxier is not None, "start comes first"
-        assert self._site is not None, "the site is known by then"
+        assert self.site is not None, "the site is known by then"
         if full:
             self._proxier.distrust()
         pending, self._pending = self._pending, set()
-        triggered_at = self._cache.take_triggers()
-        changed = self._planner.update(pending, self._cache, self._site)
+        triggered_at = self.cache.take_triggers()
+        changed = self._planner.update(pending, self.cache, self.site)
+        self.progress.planned(changed, self.cache.versions)
         report = await self._proxier.sync(self._planner.plan, changed)
+        self.progress.synced(report, self._planner.plan.ports)
         self._observer.synced(structs.replace(report, triggered_at=triggered_at))
         if report.error is None:
             self.first_sync.set()

@@ -47,6 +47,7 @@ TABLE = ("table", "ip_family")
 CHAIN = ("chain", "table", "ip_family")
 POLICY = ("traffic_policy", "ip_family")
 STATE = ("ip_family", "state")
+KIND = ("kind", "ip_family")
 BUILD = (
     *("major", "minor", "git_version", "git_commit", "git_tree_state"),
     *("build_date", "go_version", "compiler", "platform"),
@@ -74,6 +75,8 @@ INVALID = "kubeproxy_iptables_ct_state_invalid_dropped_packets_total"
 LOCALHOST = "kubeproxy_iptables_localhost_nodeports_accepted_packets_total"
 
 STALE = "pyproxy_state_stale"
+APPLIED = "pyproxy_applied_resource_version"
+
 IPTABLES = ("iptables",)
 NFTABLES = ("nftables",)
 
@@ -106,6 +109,7 @@ GAUGES = (
     Row("kubernetes_build_info", "What is running; the value is always 1", BUILD),
     Row("pyproxy_asyncio_tasks", "Tasks of the event loop"),
     Row("pyproxy_conflicts", "Frontends that a second Service asked for", FAMILY),
+    Row(APPLIED, "All objects of a kind are written up to this resourceVersion", KIND),
     Row(STALE, "Whether objects of a kind are known from the state on disk only", ("kind",)),
     Row("pyproxy_frontends", "Frontends that can be served, or not", STATE, ("userspace",)),
 )
@@ -224,6 +228,10 @@ class Metrics:
     def count_tasks(self, task_count: Callable[[], int]) -> None:
         """Read the number of the event loop's tasks here, at each scrape."""
         self._gauges["pyproxy_asyncio_tasks"].set_function(task_count)
+
+    def applied(self, kind: str, family: Family, read: Callable[[], float]) -> None:
+        """Read at each scrape up to which version the objects of a kind are written."""
+        self._gauges[APPLIED].labels(kind, f"IPv{family}").set_function(read)
 
     def count_elsewhere(self, name: str, read: Callable[[], int | None]) -> None:
         """Export a row of ``READINGS``, read at each scrape; None leaves it out.

@@ -117,6 +117,11 @@ class Service(Struct, frozen=True):
     balancer_traffic: BalancerTraffic | None = None  # None: ipMode says it
     cloud_traffic: BalancerTraffic | None = None  # as a cloud's annotation has it
     warnings: tuple[str, ...] = ()  # what was wrong with it and ignored, for the log
+    # What nothing depends on, and people ask about.
+    resource_version: str = ""
+    selector: str = ""  # as kubectl prints it; empty: whoever made its slices chose
+    hostnames: tuple[str, ...] = ()  # of status, where there is no address
+    elb_class: str = ""  # annotation kubernetes.io/elb.class
 
 
 class Endpoint(Struct, frozen=True, gc=False):
@@ -142,6 +147,7 @@ class EndpointSlice(Struct, frozen=True):
     endpoints: Mapping[PortKey, tuple[Endpoint, ...]]
     triggered_at: float | None = None  # annotation last-change-trigger-time, Unix seconds
     warnings: tuple[str, ...] = ()
+    resource_version: str = ""
 
 
 class Node(Struct, frozen=True):

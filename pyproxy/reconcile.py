@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
+from msgspec import Struct
+
 from pyproxy.cache import Owners
 from pyproxy.delta import Delta, diff, merge
 from pyproxy.model import Family, PortPlan, ServicePortName
@@ -19,6 +21,14 @@ CompileOwner = Callable[[PortPlan, Mapping[K, V]], Mapping[K, V]]
 
 class ApplyError(Exception):
     """The target refused or lost a write; what it now contains is unknown."""
+
+
+class Difference(Struct, frozen=True):
+    """An entry of a target that is not as it was written; each as text, None where it is not."""
+
+    entry: str
+    wanted: str | None
+    held: str | None
 
 
 class Clock(Protocol):
@@ -45,6 +55,13 @@ class Target(Protocol[K, V]):
         """
         ...
 
+    async def compare(self, wanted: Mapping[K, V]) -> tuple[Difference, ...]:
+        """Look which of these entries are not there as they should be. Changes nothing.
+
+        Nothing is remembered of it, and a sync may run meanwhile. Raises ``ApplyError``.
+        """
+        ...
+
     async def clear(self) -> None:
         """Remove every trace, also an earlier process's."""
         ...
@@ -54,11 +71,19 @@ class Target(Protocol[K, V]):
         ...
 
 
+class Verified(Struct, frozen=True):
+    """How many entries owners have, and which of them the target does not hold so."""
+
+    entries: int
+    differences: tuple[Difference, ...] = ()
+
+
 class Proxier(Protocol):
     """What carries a plan out for one mode and one family."""
 
     async def sync(self, plan: Plan, changed: Owners) -> SyncReport: ...
     def distrust(self) -> None: ...
+    async def verify(self, owners: Owners) -> Verified | None: ...
     async def clear(self) -> None: ...
     async def aclose(self) -> None: ...
 
@@ -88,10 +113,12 @@ class Reconciler(Generic[K, V]):
         self._doubted = False
         self._refused: dict[ServicePortName, dict[K, str]] = {}
         self._served = 0
+        self._syncs = 0  # begun
 
     async def sync(self, plan: Plan, changed: Owners) -> SyncReport:
         """Make the target equal to the plan, of which ``changed`` is all that may differ."""
         started = self._clock.monotonic()
+        self._syncs += 1
         written, self._written = self._written, None  # unknown until the write succeeds
         full, self._doubted = written is None or self._doubted, False
         error = None
@@ -126,6 +153,7 @@ class Reconciler(Generic[K, V]):
             served=self._served,
             conflicts=tuple(line for lines in plan.conflicts.values() for line in lines),
             unserved=tuple(why for whys in self._refused.values() for why in whys.values()),
+            refused={owner: tuple(whys.values()) for owner, whys in self._refused.items()},
             no_local_internal=len(plan.without_local_internal),
             no_local_external=len(plan.without_local_external),
             error=error,
@@ -137,6 +165,21 @@ class Reconciler(Generic[K, V]):
         A sync that is under way may have looked already: it is not the next one.
         """
         self._doubted = True
+
+    async def verify(self, owners: Owners) -> Verified | None:
+        """Ask the target whether it holds what was written for owners.
+
+        None if a sync runs, came in between, or failed: what it should hold is not known then.
+        Raises ``ApplyError`` where the target cannot be asked.
+        """
+        written, syncs = self._written, self._syncs
+        if written is None:
+            return None
+        wanted = {k: v for owner in owners for k, v in written.get(owner, {}).items()}
+        found = await self._target.compare(wanted)
+        if self._syncs != syncs or self._written is None:
+            return None
+        return Verified(len(wanted), found)
 
     async def clear(self) -> None:
         self._written = None

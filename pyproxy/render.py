@@ -13,11 +13,8 @@ from typing import NamedTuple, cast
 from msgspec import Struct
 from msgspec.structs import replace
 
-from pyproxy.cache import Cache
 from pyproxy.config import (
     Config,
-    detect_node_ips,
-    gate,
     local_cidr,
     masquerade_all,
     networks_of,
@@ -43,16 +40,15 @@ from pyproxy.model import (
     PortPlan,
     Route,
     ServiceCIDR,
-    Upsert,
     family_of,
 )
-from pyproxy.plan import Plan, Planner, Site
+from pyproxy.offline import family_view, node_in
+from pyproxy.plan import Plan
 from pyproxy.rules import iptables, iptables_file, ipvs, ipvs_base, nft_base, nft_file
 from pyproxy.rules import ipvs_text as ipvs_file
 from pyproxy.rules.listeners import stance
 from pyproxy.rules.nft_affinity import Content
 from pyproxy.rules.nftables import Item, Ruleset, compile_owner
-from pyproxy.topology import Place
 
 STDIN = "-"
 DEFAULT_MODE = "nftables"
@@ -219,8 +215,7 @@ def rules_text(mode: str, objects: Objects, settings: Settings) -> str:
 def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]:
     """Plan the objects for each family."""
     config = with_mode(settings.config, mode)
-    nodes = [obj for obj in objects.get("Node", ()) if isinstance(obj, Node)]
-    node = next((n for n in nodes if n.name == settings.node_name), Node(settings.node_name))
+    node = node_in(objects, settings.node_name)
     cidrs = {
         cidr
         for obj in objects.get("ServiceCIDR", ())
@@ -228,31 +223,15 @@ def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]
         for cidr in obj.cidrs
     }
     return tuple(
-        Scene(family, planned(family, objects, config, node), config, node, tuple(sorted(cidrs)))
+        Scene(
+            family,
+            family_view(family, objects, config, node).plan,
+            config,
+            node,
+            tuple(sorted(cidrs)),
+        )
         for family in settings.families
     )
-
-
-def planned(family: Family, objects: Objects, config: Config, node: Node) -> Plan:
-    cache = Cache(
-        family,
-        allow_external_ips=gate(config, "AllowServiceExternalIPs"),
-        cloud=config.cloud_annotations,
-    )
-    planner = Planner()
-    kinds: tuple[Kind, ...] = ("Service", "EndpointSlice")
-    for kind in kinds:
-        for obj in objects.get(kind, ()):
-            cache.apply(Upsert(kind, obj))
-    ips = detect_node_ips(config, node.ips)
-    site = Site(
-        place=Place(node.name, node.zone),
-        node_ip=ips.ip4 if family == 4 else ips.ip6,
-        detects_pods=local_cidr(config, family, node) is not None,
-        masquerade_all=masquerade_all(config, config.mode),
-    )
-    planner.update(cache.owners(), cache, site)
-    return planner.plan
 
 
 def by_owner(plan: Plan) -> list[PortPlan]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from msgspec import Struct
+from msgspec import Struct, field
 
-from pyproxy.model import Family
+from pyproxy.model import Family, ServicePortName
 
 
 class SyncReport(Struct, frozen=True):
@@ -22,6 +22,7 @@ class SyncReport(Struct, frozen=True):
     served: int = 0  # entries of the mode's state, all owners together
     conflicts: tuple[str, ...] = ()  # frontends that a second Service asked for
     unserved: tuple[str, ...] = ()  # frontends that this node cannot serve, with the reason
+    refused: Mapping[ServicePortName, tuple[str, ...]] = field(default_factory=dict)  # by owner
     no_local_internal: int = 0  # Service ports; see PortPlan
     no_local_external: int = 0
     triggered_at: tuple[float, ...] = ()  # Unix seconds; endpoint changes this sync carried out

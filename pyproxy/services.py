@@ -14,7 +14,7 @@ def service_ports(
     """
     cluster_ip = service.cluster_ip4 if family == 4 else service.cluster_ip6
     if cluster_ip is None or service.type == "ExternalName":
-        return ()
+        return ()  # ``why_no_ports`` says which
     external_local = service.external_local and is_exposed(service)
     external_ips = of_family(service.external_ips, family) if allow_external_ips else ()
     balancer_traffic = service.balancer_traffic or (
@@ -45,6 +45,17 @@ def service_ports(
         )
         for port in service.ports
     )
+
+
+def why_no_ports(service: Service, family: Family) -> str | None:
+    """Say why a family has nothing to serve for a Service; None where it has its ports."""
+    if service.type == "ExternalName":
+        return "type: ExternalName is an alias in DNS; no node serves it"
+    if service.cluster_ip4 is None and service.cluster_ip6 is None:
+        return "clusterIP: None (headless); DNS leads clients to its endpoints, not a node"
+    if (service.cluster_ip4 if family == 4 else service.cluster_ip6) is None:
+        return f"clusterIPs: there is none of IPv{family}"
+    return None if service.ports else "ports: there are none"
 
 
 def is_exposed(service: Service) -> bool:

@@ -20,6 +20,7 @@ from pyproxy.rules.nft import (
     MatchProto,
     MatchSet,
     MatchState,
+    MatchTransparent,
     Pick,
     PickVerdict,
     Reject,
@@ -28,6 +29,7 @@ from pyproxy.rules.nft import (
     SetMark,
     Table,
     ToggleMark,
+    Tproxy,
     UpdateSet,
     Verdict,
     VerdictMap,
@@ -58,6 +60,7 @@ ADDRESSES = {
         "endpoints": ("10.0.0.1", "10.0.0.2"),
         "pods": ("10.244.0.0/16", "10.244.0.0/14", "10.0.0.7/32", "0.0.0.0/0"),
         "loopback": "127.0.0.0/8",
+        "self": "127.0.0.1",
         "sources": ("192.0.2.0/24", "198.51.100.7/32", "203.0.113.128/25"),
         "anywhere": "0.0.0.0/0",
         "service_cidr": "10.96.0.0/13",
@@ -67,6 +70,7 @@ ADDRESSES = {
         "endpoints": ("fd00::1", "fd00::2"),
         "pods": ("fd00:244::/64", "fd00:244::/61", "fd00::7/128", "::/0"),
         "loopback": "::1/128",
+        "self": "::1",
         "sources": ("2001:db8::/32", "2001:db9::7/128", "2001:db9:8000::/33"),
         "anywhere": "::/0",
         "service_cidr": "fd00:96::/112",
@@ -108,7 +112,7 @@ def chains():
     regular = (
         "services, pick-1, pick-10, pick-10-masq, pick-rr-10, pick-sh-10, pick-sh-1, pick-local-10,"
         "node-pick-10, node-pick-sh-10, local-6-3, local-6-0, refuse, cluster-ips-check, guard,"
-        "masquerade-marked, every-verdict"
+        "masquerade-marked, every-verdict, take"
     )
     hooks = {
         "filter-input": Hook("filter", "input", 0),
@@ -198,8 +202,10 @@ def filter_rules(addresses):
     yield "guard", MatchSet(FRONTEND, "guarded"), allowed, Verdict("drop"), ""
     yield "masquerade-marked", ToggleMark(0x4000), ""
     yield "masquerade-marked", Counter(), Masquerade(), ""
+    yield "take", MatchProto("TCP"), Tproxy(Address(addresses["self"], 40000)), ""
     yield "every-verdict", MatchProto("UDP"), Verdict("accept"), "é" * 63
     yield "every-verdict", MatchMark(0x8000), Verdict("jump", "refuse"), ""
+    yield "every-verdict", MatchTransparent(), SetMark(0x2000), ""
     yield "every-verdict", Verdict("return"), ""
 
 

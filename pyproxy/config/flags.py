@@ -29,6 +29,9 @@ _USAGE: Final = (
     ("pyproxy cleanup", "remove the rules of every mode"),
     ("pyproxy demo", "see it work, without a cluster"),
     ("pyproxy render -f FILE", "print the rules for manifests, changing nothing"),
+    ("pyproxy get WHAT", "what is programmed, at which version"),
+    ("pyproxy explain SERVICE", "what becomes of connections to it, and why"),
+    ("pyproxy wait SERVICE", "return once it is programmed"),
 )
 _HELP_COLUMN: Final = 30
 
@@ -45,6 +48,7 @@ class Options(Struct, frozen=True):
     version: bool = False
     help: bool = False
     manifests: str = ""
+    control_socket: str = "/run/pyproxy/pyproxy.sock"
     state_dir: str = "/var/lib/pyproxy"
     service_cidr: tuple[str, ...] = ("10.96.0.0/16", "fd00:10:96::/112")
     event_loop: Literal["auto", "uvloop", "asyncio"] = "auto"

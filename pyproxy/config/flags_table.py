@@ -386,6 +386,13 @@ GROUPS: Final = (
             ),
             Flag("service-cidr", CIDRS, "", "With --manifests: the ranges of cluster IPs."),
             Flag(
+                "control-socket",
+                STRING,
+                "",
+                "Where commands such as pyproxy explain are answered, to root; empty: nowhere.",
+                placeholder="PATH",
+            ),
+            Flag(
                 "state-dir",
                 STRING,
                 "",

@@ -4,7 +4,7 @@ What an object says in a way nobody can use (a bad address among good ones, a mi
 becomes one of its warnings, and the rest of the object counts.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from sys import intern
 from typing import Final, TypeVar
@@ -113,7 +113,15 @@ def _service(name: ObjectName, obj: wire.Service) -> Service:
         balancer_traffic=_annotation(parse_balancer_traffic, said.balancer_traffic, None, warnings),
         cloud_traffic=_annotation(parse_elb_pass_through, said.elb_pass_through, None, warnings),
         warnings=tuple(warnings),
+        resource_version=obj.metadata.resource_version,
+        selector=_selector(spec.selector),
+        hostnames=_hostnames(obj.status),
+        elb_class=said.elb_class,
     )
+
+
+def _selector(labels: Mapping[str, str] | None) -> str:
+    return ",".join([f"{name}={value}" for name, value in labels.items()]) if labels else ""
 
 
 def _cluster_ips(spec: wire.ServiceSpec, warnings: list[str]) -> tuple[str | None, str | None]:
@@ -156,6 +164,13 @@ def _load_balancer_ips(
         return ()
     ingress = [i.ip for i in status.load_balancer.ingress if i.ip and i.ip_mode in modes]
     return _addresses("status.loadBalancer.ingress", ingress, warnings)
+
+
+def _hostnames(status: wire.ServiceStatus | None) -> tuple[str, ...]:
+    """Return the names that stand where an address would: a node has nothing to match."""
+    if status is None or status.load_balancer is None or not status.load_balancer.ingress:
+        return ()
+    return tuple(i.hostname for i in status.load_balancer.ingress if i.hostname and not i.ip)
 
 
 def _source_ranges(texts: Iterable[str], warnings: list[str]) -> tuple[Network, ...]:
@@ -213,6 +228,7 @@ def _endpoint_slice(name: ObjectName, obj: wire.EndpointSlice) -> EndpointSlice:
         endpoints=_endpoints_by_port(obj, family, warnings),
         triggered_at=_triggered_at(metadata.annotations, warnings),
         warnings=tuple(warnings),
+        resource_version=metadata.resource_version,
     )
 
 

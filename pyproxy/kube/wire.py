@@ -30,6 +30,7 @@ class ServiceAnnotations(Wire):
     scheduler: str = field(default="", name="pyproxy.io/scheduler")
     balancer_traffic: str = field(default="", name="pyproxy.io/load-balancer-traffic")
     elb_pass_through: str = field(default="", name="kubernetes.io/elb.pass-through")
+    elb_class: str = field(default="", name="kubernetes.io/elb.class")
 
 
 class ServiceMetadata(Wire):
@@ -61,6 +62,7 @@ class ServiceSpec(Wire):
     cluster_ips: list[str] | None = field(default=None, name="clusterIPs")
     ip_families: list[str] | None = None
     ports: list[ServicePort] | None = None
+    selector: dict[str, str] | None = None
     external_ips: list[str] | None = field(default=None, name="externalIPs")
     load_balancer_source_ranges: list[str] | None = None
     session_affinity: str | None = None
@@ -73,6 +75,7 @@ class ServiceSpec(Wire):
 class Ingress(Wire):
     ip: str | None = None
     ip_mode: str | None = None
+    hostname: str | None = None
 
 
 class LoadBalancerStatus(Wire):

@@ -7,12 +7,14 @@ frontend has sockets of its own, and filters on them keep silent.
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from pyproxy.config import CAPTURES
 from pyproxy.model import Family, Frontend, Route
 from pyproxy.proxier._lookup import Lookup, Unsupported
-from pyproxy.proxier._sockets import shared
+from pyproxy.proxier._sockets import Shared
+from pyproxy.proxier._tproxy import ByRules, why_no_rules
 from pyproxy.rules.capture import PASS, entry
 from pyproxy.rules.listeners import Surroundings
 
@@ -22,7 +24,7 @@ log = logging.getLogger(__name__)
 class Capture(Protocol):
     """One way, for one family."""
 
-    sockets: "Shared | None"  # where it brings packets to
+    sockets: Shared | None  # where it brings packets to
 
     def takes(self, route: Route) -> bool:
         """Say whether packets for such a frontend come to the shared sockets."""
@@ -33,6 +35,10 @@ class Capture(Protocol):
         ...
 
     def drop(self, frontend: Frontend) -> None: ...
+
+    def commit(self) -> None:
+        """Have all that was said before in effect. Raises ``OSError``; then none of it is."""
+        ...
 
     def silence(self, ip: str) -> None:
         """Keep silent at the ports of this address that are no frontend's. Raises ``OSError``."""
@@ -47,36 +53,20 @@ class Capture(Protocol):
     def close(self) -> None: ...
 
 
-class Shared:
-    """The sockets of all frontends: one for connections and one for datagrams."""
-
-    def __init__(self, family: Family) -> None:
-        """Raises ``OSError``."""
-        self.tcp = shared(family, "TCP")
-        try:
-            self.udp = shared(family, "UDP")
-        except OSError:
-            self.tcp.close()
-            raise
-
-    def close(self) -> None:
-        self.tcp.close()
-        self.udp.close()
-
-
 class ByLookup:
     """A program at the kernel's socket lookup decides for each frontend and origin."""
 
     def __init__(self, family: Family) -> None:
         """Raises ``Unsupported``."""
-        self._lookup = Lookup(family)
-        self.sockets: Shared | None = None
         try:
-            self.sockets = Shared(family)
-            self._lookup.lead_to(0, self.sockets.tcp, self.sockets.udp)
+            self.sockets: Shared | None = Shared(family)
         except OSError as error:
-            self.close()
             raise Unsupported(error.strerror) from error
+        try:
+            self._lookup = Lookup(family, [self.sockets])
+        except Unsupported:
+            self.sockets.close()
+            raise
 
     def takes(self, route: Route) -> bool:
         return True
@@ -87,11 +77,14 @@ class ByLookup:
     def drop(self, frontend: Frontend) -> None:
         self._lookup.drop(frontend)
 
+    def commit(self) -> None:
+        self._lookup.commit()
+
     def silence(self, ip: str) -> None:
         self._lookup.stand(ip, "silent")
 
     def unsilence(self, ip: str) -> None:
-        self._lookup.forget(ip)
+        self._lookup.fall(ip)
 
     def surround(self, around: Surroundings, node_port_ips: Sequence[str] | None) -> None:
         self._lookup.surround(around, node_port_ips)
@@ -128,13 +121,17 @@ class ByListeners:
         if self._lookup is not None and frontend.ip:
             self._lookup.drop(frontend)
 
+    def commit(self) -> None:
+        if self._lookup is not None:
+            self._lookup.commit()
+
     def silence(self, ip: str) -> None:
         if self._lookup is not None:
             self._lookup.stand(ip, "silent")
 
     def unsilence(self, ip: str) -> None:
         if self._lookup is not None:
-            self._lookup.forget(ip)
+            self._lookup.fall(ip)
 
     def surround(self, around: Surroundings, node_port_ips: Sequence[str] | None) -> None:
         pass
@@ -144,16 +141,20 @@ class ByListeners:
             self._lookup.close()
 
 
+BRIDGED = [
+    Path("/proc/sys/net/bridge", f"bridge-nf-call-{tables}") for tables in ("iptables", "ip6tables")
+]
 WAYS: dict[str, Callable[[Family], Capture]] = {
     "sk_lookup": ByLookup,
+    "tproxy": ByRules,
     "listeners": ByListeners,
 }
 
 
 def why_not(name: str) -> str | None:
     """Say why this node cannot capture so; None if it can."""
-    if name not in WAYS:
-        return "it is not part of this version"
+    if name == "tproxy":
+        return why_no_rules()
     try:
         WAYS[name](4).close()
     except Unsupported as why:
@@ -161,10 +162,19 @@ def why_not(name: str) -> str | None:
     return None
 
 
+def risk(name: str) -> str | None:
+    """Say why some packets may not be captured so; None if all will be."""
+    if name != "tproxy":
+        return None
+    on = [path for path in BRIDGED if path.exists() and path.read_text().strip() != "0"]
+    # A bridged packet meets the rules inside the bridge, and loses its socket on leaving it.
+    return f"rules see packets inside of bridges: {on[0].name} is 1" if on else None
+
+
 def best() -> str:
     """Return the first way that works on this node, and log why the ones before do not."""
     for name in CAPTURES[1:-1]:
-        reason = why_not(name)
+        reason = why_not(name) or risk(name)
         if reason is None:
             return name
         log.info("another way to capture is needed", extra={"not": name, "reason": reason})

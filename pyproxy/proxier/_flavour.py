@@ -62,13 +62,7 @@ def preferred(found: Mapping[Flavour, Census], plain: Flavour | None) -> Flavour
 
 def tables_with(found: Programs) -> Iptables:
     """Return the tables that these programs write to."""
-    return LegacyIptables(found) if has_library(found) else Iptables(found)
-
-
-def has_library(found: Programs) -> bool:
-    """Say whether the library is there, and what it is for. Elsewhere it is not even imported."""
-    is_used = found.flavour == "legacy" and bool(_iptc.existing(found.family))
-    return is_used and _iptc.library() is not None
+    return (LegacyIptables if found.flavour == "legacy" else Iptables)(found)
 
 
 # --- what there is --------------------------------------------------------------------------------
@@ -76,14 +70,8 @@ def has_library(found: Programs) -> bool:
 
 def census(found: Programs) -> Census:
     """Count without leaving a trace: tables of flavour legacy come into being when looked into."""
-    family = found.family
-    if found.flavour == "legacy" and not _iptc.existing(family):
+    if found.flavour == "legacy" and not _iptc.existing(found.family):
         return Census(0, is_hinted=False)
-    if has_library(found):
-        try:
-            return counted({t: _iptc.chains(family, t) for t in _iptc.existing(family)})
-        except _iptc.LibraryError as error:
-            log.warning("libiptc failed, a program does it", extra={"error": str(error)})
     tables: dict[str, dict[str, int]] = {}
     for (table, chain), rules in parsed(answer_of(found.save)[1]).items():
         tables.setdefault(table, {})[chain] = len(rules)

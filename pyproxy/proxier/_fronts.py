@@ -5,7 +5,7 @@ Those that the capture takes have no socket of their own; all others do.
 
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from socket import SocketType
 
 from msgspec import Struct
@@ -24,6 +24,7 @@ from pyproxy.proxier._sockets import (
 )
 from pyproxy.proxier._tcp import TcpFront, TcpRelay
 from pyproxy.proxier._udp import UdpFront, UdpRelay
+from pyproxy.reconcile import Difference
 from pyproxy.rules.guard import DROP_ALL, Program, guard
 from pyproxy.rules.listeners import (
     Listener,
@@ -55,6 +56,7 @@ class Fronts:
         self._tcp = tcp
         self._udp = udp
         self.capture = capture
+        self._outdated: list[TcpFront | UdpFront] = []  # until the capture leads elsewhere
         self._datagrams: Datagrams | None = None
         self.sockets: list[socket.socket] = []  # where the capture brings connections to
         if capture.sockets is not None:
@@ -78,6 +80,18 @@ class Fronts:
     def of(self, owner: ServicePortName) -> dict[Frontend, Listener]:
         return self._of_owner.get(owner, {})
 
+    def differing(self, frontend: Frontend, listener: Listener) -> Iterator[Difference]:
+        """Yield how a frontend differs from what it should be; sockets are asked themselves."""
+        held = self._held.get(frontend)
+        does = stance(listener.route)
+        if held is None or held.listener != listener:
+            there = stance(held.listener.route) if held is not None else None
+            yield Difference(f"frontend {frontend}", does, there)
+        elif does != "refuse" and held.front is not None:
+            sockets = self.sockets if held.taken and frontend.proto == "TCP" else held.front.sockets
+            if not all(map(is_open, sockets)):
+                yield Difference(f"socket of {frontend}", does, None)
+
     def put(self, frontend: Frontend, listener: Listener, picker: Picker) -> str | None:
         """Make a frontend so; return why it cannot be, and then there is none.
 
@@ -91,7 +105,7 @@ class Fronts:
         foreign = self._is_foreign(frontend, listener)
         held = Held(listener, front, taken, foreign)
         if front is not None and before is not None and must_reopen(before, held):
-            front.close()
+            self._outdated.append(front)
             held.front = None
         try:
             if taken and (before is None or not before.taken):
@@ -116,7 +130,15 @@ class Fronts:
             held.front = self._open(frontend, held, picker)
         else:
             front.update(listener, picker)
-            self._protect(front.sockets, listener)
+            if not held.taken:
+                self._protect(front.sockets, listener)
+
+    def commit(self) -> None:
+        """Have all changes in effect, and close what they replace. Raises ``OSError``."""
+        self.capture.commit()
+        for front in self._outdated:
+            front.close()
+        self._outdated.clear()
 
     def front_of(self, client: SocketType) -> TcpFront | None:
         """Return the frontend that a client wants who came by the shared socket."""
@@ -176,9 +198,11 @@ class Fronts:
 
     def _open(self, frontend: Frontend, held: Held, picker: Picker) -> TcpFront | UdpFront:
         sockets: list[socket.socket] = []
-        ips = self._ips(frontend) if not held.taken else ()
-        wildcard = WILDCARD[self._family] in ips
+        if held.taken:
+            return self._front_with(frontend, held, (), picker)
+        ips = self._ips(frontend)
         program = self._program(held.listener)
+        wildcard = WILDCARD[self._family] in ips
         try:
             sockets.extend(
                 listening(
@@ -195,6 +219,17 @@ class Fronts:
             for sock in sockets:
                 sock.close()
             raise
+        return self._front_with(frontend, held, sockets, picker, wildcard=wildcard)
+
+    def _front_with(
+        self,
+        frontend: Frontend,
+        held: Held,
+        sockets: Sequence[socket.socket],
+        picker: Picker,
+        *,
+        wildcard: bool = False,
+    ) -> TcpFront | UdpFront:
         if frontend.proto == "TCP":
             return TcpFront(self._tcp, sockets, held.listener, picker)
         return UdpFront(self._udp, sockets, held.listener, picker, wildcard=wildcard)
@@ -251,3 +286,11 @@ class Fronts:
 def must_reopen(before: Held, after: Held) -> bool:
     """Say whether what is open does not do any more."""
     return before.taken != after.taken or (not after.taken and before.foreign != after.foreign)
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Say whether a socket is open, and listens if it is one for connections."""
+    if sock.fileno() < 0:
+        return False
+    is_stream = sock.type == socket.SOCK_STREAM
+    return not is_stream or bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

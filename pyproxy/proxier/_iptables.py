@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
 from pyproxy.model import Family
@@ -155,34 +156,37 @@ class Iptables:
 class LegacyIptables(Iptables):
     """Those of flavour legacy, where a library can look and make small changes in this process.
 
-    Where it fails, the programs do it.
+    Until it is loaded, and where it fails, the programs do it.
     """
 
     async def arrange(self, lines: Sequence[str]) -> None:
-        by_program = super().arrange
-        await self._by_library(
-            lambda: _iptc.carry_out(self.programs.family, lines), lambda: by_program(lines)
-        )
+        by_program, family = super().arrange, self.programs.family
+        start = 0
+        for end in (number for number, line in enumerate(lines, 1) if line == "COMMIT"):
+            table, start = lines[start:end], end
+            await self._by_library(
+                partial(_iptc.carry_out, family, table), partial(by_program, table)
+            )
 
     async def chains(self, table: str) -> Mapping[str, int]:
-        by_program = super().chains
-        return await self._by_library(
-            lambda: _iptc.chains(self.programs.family, table), lambda: by_program(table)
-        )
+        ask = partial(_iptc.chains, self.programs.family, table)
+        return await self._by_library(ask, partial(super().chains, table))
 
     async def packets(self, table: str) -> Mapping[str, int]:
-        by_program = super().packets
-        return await self._by_library(
-            lambda: _iptc.packets(self.programs.family, table), lambda: by_program(table)
-        )
+        ask = partial(_iptc.packets, self.programs.family, table)
+        return await self._by_library(ask, partial(super().packets, table))
 
     async def has_canary(self) -> bool:
+        if _iptc.library() is None:
+            return await super().has_canary()
         try:
             return CANARY in await self.chains("mangle")
         except IptablesError:
             return True
 
     async def _by_library(self, ask: Callable[[], T], otherwise: Callable[[], Awaitable[T]]) -> T:
+        if _iptc.library() is None:
+            return await otherwise()
         try:
             return await asyncio.to_thread(ask)
         except _iptc.LibraryError as error:

@@ -6,7 +6,7 @@ one go. A rule that is refused is left out, with whatever leads to it, and the r
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from pyproxy.delta import Delta
 from pyproxy.model import Family, ServicePortName
 from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
 from pyproxy.proxier._iptables import Iptables, IptablesError
-from pyproxy.reconcile import ApplyError
+from pyproxy.reconcile import ApplyError, Difference
 from pyproxy.report import RestoreReport
 from pyproxy.rules.iptables import (
     CLUSTER_IPS,
@@ -123,6 +123,16 @@ class IpTarget:
         self._sure = True
         self.established.set()
         return refused
+
+    async def compare(self, wanted: Mapping[Item, Content]) -> tuple[Difference, ...]:
+        """List the tables and sets anew. Raises ``ApplyError``."""
+        try:
+            there = parsed(await self._tables.save())
+            members = await asyncio.to_thread(held_members, self._family)
+        except (IptablesError, OSError) as error:
+            raise ApplyError(str(error)) from error
+        held = read(there, self._layout.fixed).items | members
+        return tuple(differing(wanted, held))
 
     async def clear(self) -> None:
         """Remove every rule and set of ours. Raises ``ApplyError``."""
@@ -281,6 +291,30 @@ class IpTarget:
     async def _retry(self) -> tuple[IptablesError, Sequence[Line]] | None:
         self._due |= self._layout.take()
         return await self._send()
+
+
+def held_members(family: Family) -> dict[Item, Content]:
+    """Return the members of our sets. Raises ``OSError``."""
+    with closing(IpSets(family)) as sets:
+        return {
+            Item(SETS, name, member): MEMBER
+            for name in KINDS
+            for member in sets.members(set_name(name, family)) or ()
+        }
+
+
+def differing(wanted: Mapping[Item, Content], held: Mapping[Item, Content]) -> Iterator[Difference]:
+    for item, content in wanted.items():
+        there = held.get(item._replace(owner=None))
+        if there != content:
+            entry = f"{item.table} {item.chain} {item.match}".rstrip()
+            yield Difference(entry, worded(content), worded(there) if there is not None else None)
+
+
+def worded(content: Content) -> str:
+    if content == MEMBER:
+        return "a member"
+    return content if isinstance(content, str) else "; ".join(content)
 
 
 async def remove(tables: Sequence[Iptables], family: Family) -> None:

@@ -1,16 +1,16 @@
 """The tables of flavour legacy through libiptc, in this process: python-iptables.
 
-It knows no other flavour, takes no lock, opens a table into being that was not there, and takes
-half a millisecond for a rule. So it is for looking, and for the few rules that all others hang on.
-Everything here blocks: it is for a thread.
+It knows no other flavour, takes no lock, opens a table into being that was not there, takes half
+a millisecond for a rule and long to import. So it is for looking, and for the few rules that all
+others hang on. Everything here blocks: it is for a thread.
 """
 
+import contextlib
 import fcntl
 import os
 import shlex
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +33,7 @@ SETTERS = {
     "-o": "out_interface",
 }
 
+loaded: list[Any] = []
 one_at_a_time = threading.Lock()  # what libxtables knows of a family is global
 nobody = threading.Event()  # to wait for what never happens
 
@@ -41,13 +42,19 @@ class LibraryError(Exception):
     """The library did not do it; what it was asked to change is unchanged."""
 
 
-@lru_cache
+def load() -> None:
+    """Import python-iptables if it and libiptc are there.
+
+    It looks for libiptc with ldconfig, gcc and ld: a quarter of a second of a processor. And it
+    loads ip_tables into the kernel, where nothing else may want it.
+    """
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # the last: no such library
+        loaded.append(import_module("iptc"))
+
+
 def library() -> Any:  # noqa: ANN401 - the library has no types
-    """Return python-iptables; None where it or libiptc is missing. To import it loads ip_tables."""
-    try:
-        return import_module("iptc")
-    except (ImportError, OSError, AttributeError):  # the last is of a library that it did not find
-        return None
+    """Return python-iptables; None where it has not been loaded."""
+    return loaded[0] if loaded else None
 
 
 def existing(family: Family) -> tuple[str, ...]:
@@ -84,26 +91,21 @@ def packets(family: Family, table: str) -> dict[str, int]:
 
 
 def carry_out(family: Family, lines: Sequence[str]) -> None:
-    """Carry out input of ``iptables-restore --noflush``, one commit for each table.
+    """Carry out input of ``iptables-restore --noflush`` about one table, in one commit.
 
-    Raises ``LibraryError``: the table at hand is then as it was, and those before it are not.
+    Raises ``LibraryError``: nothing has changed then.
     """
-    with locked():
-        start = 0
-        for number, line in enumerate(lines):
-            if line.startswith("*"):
-                start = number
-            elif line == "COMMIT":
-                with opened(family, lines[start][1:]) as table:
-                    for change in lines[start + 1 : number]:
-                        make(table, change, family)
-                    table.commit()
+    first, *changes, _commit = lines
+    with locked(), opened(family, first.removeprefix("*")) as table:
+        for line in changes:
+            make(table, line, family)
+        table.commit()
 
 
 # --- inside ---------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(family: Family, name: str) -> Iterator[Any]:
     """Give a table as it is now, for changes that are not made before ``commit``."""
     iptc = library()
@@ -194,7 +196,7 @@ def rule(table: Any, text: str, family: Family) -> Any:  # noqa: ANN401
     return made
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked() -> Iterator[None]:
     """Hold the lock that the programs take. Raises ``LibraryError`` after five seconds."""
     try:

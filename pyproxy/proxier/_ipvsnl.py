@@ -10,6 +10,8 @@ from functools import lru_cache
 from socket import AF_INET6, inet_aton, inet_pton
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from pyproxy.model import Address, Family, Frontend, Proto
 from pyproxy.proxier._netlink import ATTRIBUTE, Message, Netlink, attribute, attributes
 from pyproxy.rules.ipvs import Destination, Server
@@ -79,7 +81,7 @@ class Counts(NamedTuple):
     bytes_out: int
 
 
-class Request(NamedTuple):
+class Request(Struct, frozen=True, gc=False):
     """One change, and what it is about, for who reads that it failed."""
 
     command: int
@@ -207,11 +209,11 @@ def delete_destination(destination: Destination) -> Request:
 
 @lru_cache(maxsize=1024)
 def nested_place(frontend: Frontend) -> bytes:
+    """Return the attribute that says which virtual server is meant."""
     return attribute(SERVICE, place(frontend))
 
 
 def place(frontend: Frontend) -> bytes:
-    """Return the attributes that say which virtual server is meant."""
     family: Family = 6 if ":" in frontend.ip else 4
     return (
         attribute(AF, struct.pack("=H", AFS[family]))
@@ -226,7 +228,9 @@ def _server(frontend: Frontend, server: Server) -> bytes:
     flags = OURS | SCHEDULER_FLAGS.get(server.scheduler, 0)
     if server.affinity_seconds is not None:
         flags |= PERSISTENT
-    body = place(frontend) + attribute(SCHEDULER, server.scheduler.encode() + b"\0")
+    body = nested_place(frontend)[ATTRIBUTE.size :] + attribute(
+        SCHEDULER, server.scheduler.encode() + b"\0"
+    )
     body += attribute(FLAGS, struct.pack("=II", flags, 0xFFFFFFFF))
     body += attribute(TIMEOUT, U32.pack(server.affinity_seconds or 0))
     return attribute(SERVICE, body + attribute(NETMASK, U32.pack(ANY_HOST[family])))

@@ -14,7 +14,7 @@ from pyproxy.model import Frontend, PortPlan
 from pyproxy.plan import Plan
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.proxier._ipvsnl import Ipvs
-from pyproxy.reconcile import Proxier
+from pyproxy.reconcile import Proxier, Verified
 from pyproxy.report import SyncReport
 from pyproxy.rules.ipvs import FALLBACK, Server
 
@@ -96,6 +96,9 @@ class Scheduled:
     def distrust(self) -> None:
         self._schedulers.forget()
         self._inner.distrust()
+
+    async def verify(self, owners: Owners) -> Verified | None:
+        return await self._inner.verify(owners)
 
     async def clear(self) -> None:
         await self._inner.clear()

@@ -15,15 +15,17 @@ from itertools import islice
 from typing import cast
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from pyproxy.delta import Delta
 from pyproxy.model import Address, Family, Frontend, Network
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.proxier._ipvsaudit import Weights, destination_differences, server_differences
+from pyproxy.proxier._ipvscompare import compared, weights_of
 from pyproxy.proxier._ipvslocal import Leads, LocalAddresses
 from pyproxy.proxier._ipvsnl import Counts, Ipvs, Request
 from pyproxy.proxier._vips import RTPROT_IPVS, Vips
-from pyproxy.reconcile import ApplyError, Clock, Target
+from pyproxy.reconcile import ApplyError, Clock, Difference, Target
 from pyproxy.rules.ipvs import (
     BOUND,
     WITHOUT_DRAINING,
@@ -116,6 +118,16 @@ class IpvsTarget:
             except OSError as error:
                 raise ApplyError(f"cannot change virtual servers: {error.strerror}") from error
             return refused
+
+    async def compare(self, wanted: Mapping[Key, Content]) -> tuple[Difference, ...]:
+        """List the virtual servers, local addresses and the table anew. Raises ``ApplyError``."""
+        table = {key: content for key, content in wanted.items() if isinstance(key, Item)}
+        found = await self._table.compare(cast(Mapping[Item, TableContent], table))
+        async with self._lock:
+            try:
+                return found + await asyncio.to_thread(compared, *self._sockets(), wanted)
+            except OSError as error:
+                raise ApplyError(f"cannot list virtual servers: {error.strerror}") from error
 
     async def drain(self) -> None:
         """Take away what has become idle, for ever."""
@@ -324,7 +336,7 @@ class IpvsTarget:
                 self._remember(request)
         for request, code in failed:
             if code == errno.EEXIST and not self._spares(request.subject):
-                again.append(request._replace(command=AS_SET[request.command]))
+                again.append(replace(request, command=AS_SET[request.command]))
             elif request.command in AS_SET:
                 refused[request.subject] = nl.why_not(request, code)
             elif request.command not in (nl.DEL_SERVICE, nl.DEL_DEST) or code not in GONE:
@@ -367,10 +379,6 @@ def table_delta(delta: Delta[Key, Content]) -> Delta[Item, TableContent]:
             {k: v for k, v in delta.removed.items() if isinstance(k, Item)},
         ),
     )
-
-
-def weights_of(ipvs: Ipvs, server: Frontend) -> dict[Address, int]:
-    return {address: busy.weight for address, busy in ipvs.destinations(server).items()}
 
 
 def delete_all(family: Family) -> None:

@@ -88,6 +88,17 @@ class Netlink:
                     raise_errno(-struct.unpack_from("=i", payload)[0])
                 yield payload
 
+    def fetch(self, kind: int, body: bytes) -> bytes:
+        """Return the body of the one answer to a request. Raises ``OSError``."""
+        self._sequence += 1
+        self._socket.send(packed(kind, NLM_F_REQUEST, self._sequence, body))
+        while True:
+            for answer, sequence, payload in self._receive():
+                if sequence == self._sequence:
+                    if answer == NLMSG_ERROR:
+                        raise_errno(-struct.unpack_from("=i", payload)[0])
+                    return payload
+
     def _exchange(self, messages: Sequence[Message]) -> list[int]:
         """Only the last request is acknowledged; failures are reported without being asked for."""
         first = self._sequence + 1
@@ -117,7 +128,7 @@ class Netlink:
 
 def packed(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
     data = HEADER.pack(HEADER.size + len(body), kind, flags, sequence, 0) + body
-    return data.ljust(aligned(len(data)), b"\0")
+    return data.ljust(aligned(len(data)), b"\0") if len(body) & 3 else data
 
 
 def attribute(kind: int, value: bytes) -> bytes:

@@ -7,7 +7,7 @@ fields follow each other as in a set's key, and what a number is hashed from lie
 import struct
 from collections.abc import Iterator, Sequence
 
-from pyproxy.model import Family
+from pyproxy.model import Address, Family
 from pyproxy.proxier._netlink import attribute, attributes
 from pyproxy.rules.nft import (
     PROTO_NUMBERS,
@@ -28,6 +28,7 @@ from pyproxy.rules.nft import (
     MatchProto,
     MatchSet,
     MatchState,
+    MatchTransparent,
     Pick,
     PickVerdict,
     Reject,
@@ -36,6 +37,7 @@ from pyproxy.rules.nft import (
     Statement,
     Table,
     ToggleMark,
+    Tproxy,
     UpdateSet,
     Verdict,
     VerdictKind,
@@ -56,6 +58,7 @@ EQUAL, NOT_EQUAL = 0, 1
 NETWORK_HEADER, TRANSPORT_HEADER = 1, 2
 META_MARK, META_IIFNAME, META_L4PROTO = 3, 6, 16
 CT_STATE, CT_STATUS = 0, 2
+SOCKET_TRANSPARENT = 0
 CT_STATES: dict[CtState, int] = {"invalid": 1, "new": 8}
 DNAT_DONE = 0x20  # IPS_DST_NAT
 FIB_ADDRESS_TYPE = 3
@@ -88,7 +91,7 @@ def statement_expressions(table: Table, statement: Statement, map_id: int) -> by
     match statement:
         case MatchNetwork() | MatchSet() | MatchInput() | MatchLocal():
             return _address_match(table, statement)
-        case MatchState() | MatchDnat() | MatchMark() | MatchProto():
+        case MatchState() | MatchDnat() | MatchMark() | MatchProto() | MatchTransparent():
             return _state_match(statement)
         case SetMark() | ToggleMark() | Dnat() | DnatPick() | UpdateSet():
             return _change(table, statement)
@@ -135,6 +138,9 @@ def _state_match(statement: StateMatch) -> bytes:
             return load + _bitwise(host32(bits), bytes(4)) + _compare(host32(bits))
         case MatchProto(proto):
             return _meta_load(META_L4PROTO, 0) + _compare(bytes([PROTO_NUMBERS[proto]]))
+        case MatchTransparent():
+            load = _numbers("socket", {1: SOCKET_TRANSPARENT, 2: register(0)})
+            return load + _compare(bytes([1]))
 
 
 def _change(table: Table, statement: Change) -> bytes:
@@ -144,17 +150,7 @@ def _change(table: Table, statement: Change) -> bytes:
         case ToggleMark(bits):
             return _change_mark(keep=_ALL_BITS, toggle=bits)
         case Dnat(address):
-            return (
-                _expression(
-                    "immediate", {1: u32(register(0))}, value_data(2, packed_ip(address.ip))
-                )
-                + _expression(
-                    "immediate",
-                    {1: u32(register(4))},
-                    value_data(2, address.port.to_bytes(2, "big")),
-                )
-                + _nat(table, port_word=4)
-            )
+            return _constant(address) + _nat(table, port_word=4)
         case DnatPick(fields, pick, name):
             key_words = sum(_words(table, field) for field in fields)
             return (
@@ -181,6 +177,9 @@ def _ending(table: Table, statement: Ending, map_id: int) -> bytes:
             return _expression("reject", {1: u32(0), 2: code})
         case Masquerade():
             return _numbers("masq", {1: NAT_FULLY_RANDOM})
+        case Tproxy(address):
+            numbers = {1: NFPROTO[table.family], 2: register(0), 3: register(4)}
+            return _constant(address) + _numbers("tproxy", numbers)
         case Counter():
             return _expression("counter", {1: bytes(8), 2: bytes(8)})
 
@@ -299,6 +298,15 @@ def _pick(table: Table, pick: Pick, word: int) -> bytes:
             numbers = {1: register(free), 2: register(word), 3: length, 4: pick.count, 5: pick.seed}
             return load + _numbers("hash", numbers)
     return _numbers("numgen", {1: register(word), 2: pick.count, 3: kind})
+
+
+def _constant(address: Address) -> bytes:
+    """Put an address into register 0 and its port into register 4."""
+    return _expression(
+        "immediate", {1: u32(register(0))}, value_data(2, packed_ip(address.ip))
+    ) + _expression(
+        "immediate", {1: u32(register(4))}, value_data(2, address.port.to_bytes(2, "big"))
+    )
 
 
 def _nat(table: Table, port_word: int) -> bytes:

@@ -13,20 +13,22 @@ from typing import TypeVar
 from pyproxy.delta import Delta
 from pyproxy.model import ServicePortName
 from pyproxy.proxier import _nfpack as pack
+from pyproxy.proxier._nfcompare import compared, plain
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nfpack import RuleForm, rule_form, set_form
 from pyproxy.proxier._nfread import OWN_RUN
-from pyproxy.reconcile import ApplyError
+from pyproxy.reconcile import ApplyError, Difference
 from pyproxy.rules import nft_base
 from pyproxy.rules.nft import Chain, Element, Rule, Set, Table, packed_ip
 from pyproxy.rules.nft_affinity import AFFINITY_SET, CHAIN, Content
 from pyproxy.rules.nft_file import Base
-from pyproxy.rules.nftables import PRESENT, Item, Ruleset
+from pyproxy.rules.nftables import Item, Ruleset
 
 IN_A_THREAD = 2000  # items: fewer are written before a thread would have started
 K = TypeVar("K")
 V = TypeVar("V")
 NODE_PORT_IPS = "node-port-ips"
+
 
 Forms = tuple[RuleForm, ...]
 
@@ -127,6 +129,13 @@ class NfTarget:
         self._sure = True
         self.settled.set()
         return {}
+
+    async def compare(self, wanted: Mapping[Item, Content]) -> tuple[Difference, ...]:
+        """Read the table anew, over a socket of its own. Raises ``ApplyError``."""
+        try:
+            return await asyncio.to_thread(compared, self._table, self._base, wanted)
+        except (NfError, OSError) as error:
+            raise ApplyError(str(error)) from error
 
     async def clear(self) -> None:
         """Delete the table, whoever made it. Raises ``ApplyError``."""
@@ -335,15 +344,6 @@ class NfTarget:
 
 
 SHARED = frozenset({CHAIN, AFFINITY_SET, "cluster-ips", "hairpin"})
-
-
-def plain(element: Element) -> Content:
-    """Return an element as an item's content: just its data, where it is nothing else."""
-    if isinstance(element.data, bytes) and not element.comment:
-        return element.data
-    if element.data is None and element.key_end is None and not element.comment:
-        return PRESENT
-    return element
 
 
 def element_of(key: bytes, content: Content) -> Element:

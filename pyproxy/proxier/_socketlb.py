@@ -18,7 +18,7 @@ from pyproxy.proxier import Env
 from pyproxy.proxier._sockdiag import end_everywhere
 from pyproxy.proxier._socketlb_kernel import SocketBalancer
 from pyproxy.proxier._socketlb_site import Off, chosen_cgroup, pins, remove_pins
-from pyproxy.reconcile import Target
+from pyproxy.reconcile import Difference, Target
 from pyproxy.rules.listeners import Listener
 from pyproxy.rules.socketlb import NODE, POD, mapped_ip
 
@@ -70,6 +70,10 @@ class Balanced:
         self._attach()
         self._end_flows(delta)
         return refused
+
+    async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
+        """Look at the listeners: they serve everybody whom nothing here helps."""
+        return await self._listeners.compare(wanted)
 
     async def clear(self) -> None:
         if self._sockets is not None:

@@ -143,6 +143,23 @@ def shared(family: Family, proto: Proto) -> socket.socket:
     return sock
 
 
+class Shared:
+    """The sockets of all frontends: one for connections and one for datagrams."""
+
+    def __init__(self, family: Family) -> None:
+        """Raises ``OSError``."""
+        self.tcp = shared(family, "TCP")
+        try:
+            self.udp = shared(family, "UDP")
+        except OSError:
+            self.tcp.close()
+            raise
+
+    def close(self) -> None:
+        self.tcp.close()
+        self.udp.close()
+
+
 def silent(family: Family, proto: Proto) -> socket.socket:
     """Return a socket that admits nobody, and answers nobody. Raises ``OSError``."""
     sock = shared(family, proto)

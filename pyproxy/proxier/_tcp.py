@@ -6,7 +6,7 @@ import resource
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from errno import EALREADY, EINPROGRESS
+from errno import EALREADY, EINPROGRESS, EINVAL
 from socket import SocketType
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from pyproxy.proxier._poller import ERROR, HUP, IN, Poller
 from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES, Connection
 from pyproxy.proxier._sockets import EXHAUSTED, Shortage, keep_alive, reset
 from pyproxy.proxier._splice import Pipes
+from pyproxy.proxier._transparent import Transparent, dress
 from pyproxy.rules.listeners import Listener, Surroundings, action_for
 
 DIAL_TIMEOUTS = (0.25, 0.5, 1.0, 2.0)  # seconds; kube-proxy's userspace mode had the same
@@ -34,7 +35,13 @@ Observe = Callable[[str], None]  # the result of a connection, for the metrics
 class TcpRelay:
     """All TCP connections of one family."""
 
-    def __init__(self, surroundings: Callable[[], Surroundings], observe: Observe) -> None:
+    def __init__(
+        self,
+        surroundings: Callable[[], Surroundings],
+        observe: Observe,
+        transparent: Transparent | None = None,
+    ) -> None:
+        self.transparent = transparent
         self.loop = asyncio.get_running_loop()
         self.surroundings = surroundings
         self.observe = observe
@@ -236,6 +243,7 @@ class Dial:
         "_backend",
         "_front",
         "_ip",
+        "_is_dressed",
         "_pauses",
         "_picker",
         "_relay",
@@ -257,15 +265,16 @@ class Dial:
         self._tried: tuple[Address, ...] = ()
         self._backend: SocketType | None = None
         self._waiting: Waiting | None = None
+        self._is_dressed = False  # the backend sees the client's address
         self.client = client
         self.until = 0.0  # when it is to be looked after
 
     def begin(self) -> None:
         """Call a backend, with what the plan says by now."""
-        relay, front = self._relay, self._front
+        relay, front, ip = self._relay, self._front, self._ip
         now = relay.loop.time()
         while self._attempts < len(DIAL_TIMEOUTS):
-            action, picker = front.action(self._ip, relay.surroundings()), front.picker
+            action, picker = front.action(ip, relay.surroundings()), front.picker
             if not isinstance(action, Forward):
                 self._lose("no_endpoint" if self._attempts else None)
                 return
@@ -274,11 +283,11 @@ class Dial:
                 relay.starving.add(self)
                 self._wait(now + PAUSE_SECONDS)
                 return
-            address = picker.pick(action.pool, self._ip, now, self._tried)
+            address = picker.pick(action.pool, ip, now, self._tried)
             self._tried += (address,)
             seconds = DIAL_TIMEOUTS[self._attempts]
             self._attempts += 1
-            error = called(backend, address)
+            error = self._call(backend, action, address, now)
             if error and error != EALREADY:
                 backend.close()
                 continue
@@ -304,6 +313,11 @@ class Dial:
     def late(self) -> None:
         """Try another backend, or once more to have a socket."""
         if self._backend is not None:
+            if self._is_dressed and self._relay.transparent is not None:
+                # Once more, as this node: perhaps the answers go another way.
+                self._relay.transparent.distrust(self._address, self._relay.loop.time())
+                self._attempts -= 1
+                self._tried = self._tried[:-1]
             self._drop()
         else:
             self._relay.starving.discard(self)
@@ -343,6 +357,19 @@ class Dial:
                 poller.add(near.fd, READS, near)
         if events and not far.is_over:
             far.ready(events)
+
+    def _call(self, backend: SocketType, action: Forward, address: Address, now: float) -> int:
+        """Connect, as the client if it keeps its address; return the error."""
+        transparent = self._relay.transparent
+        self._is_dressed = transparent is not None and transparent.keeps(
+            action, self._ip, address, now
+        )
+        if self._is_dressed:
+            try:
+                dress(backend, self._ip)
+            except OSError as error:
+                return error.errno or EINVAL
+        return called(backend, address)
 
     def _drop(self) -> None:
         if self._backend is not None:

@@ -14,7 +14,7 @@ from pyproxy.proxier import Env
 from pyproxy.proxier._around import surroundings
 from pyproxy.proxier._conntrack import Conntrack, clean
 from pyproxy.proxier._sysctls import apply, count_cpus, wanted
-from pyproxy.reconcile import Proxier
+from pyproxy.reconcile import Proxier, Verified
 from pyproxy.report import SyncReport
 from pyproxy.rules.flows import Pending, Review
 
@@ -46,6 +46,9 @@ class Tracked:
 
     def distrust(self) -> None:
         self._inner.distrust()
+
+    async def verify(self, owners: Owners) -> Verified | None:
+        return await self._inner.verify(owners)
 
     async def clear(self) -> None:
         await self._inner.clear()

@@ -22,6 +22,7 @@ from pyproxy.proxier._datagrams import Key, Peer, Requests, ancillary
 from pyproxy.proxier._poller import IN, Poller
 from pyproxy.proxier._sockets import EXHAUSTED, Shortage, answering, destination
 from pyproxy.proxier._stream import Way, beside, strays
+from pyproxy.proxier._transparent import Transparent, dress
 from pyproxy.rules.listeners import Listener, Surroundings, action_for
 
 DATAGRAMS_AT_ONCE = 64
@@ -57,7 +58,9 @@ class UdpRelay:
         surroundings: Callable[[], Surroundings],
         timeouts: IdleTimeouts,
         observe: Observe,
+        transparent: Transparent | None = None,
     ) -> None:
+        self.transparent = transparent
         self.loop = asyncio.get_running_loop()
         self.poller = poller
         self.surroundings = surroundings
@@ -346,7 +349,7 @@ class UdpFront:
         if not isinstance(action, Forward):
             return None
         backend = self.picker.pick(action.pool, peer[0], self.relay.loop.time(), avoid)
-        sock = self._connected(backend)
+        sock = self._connected(backend, self._name_for(peer[0], action, backend))
         if sock is None:
             self.relay.observe("dial_failed")
             return None
@@ -355,7 +358,14 @@ class UdpFront:
         self.relay.observe("forwarded")
         return flow
 
-    def _connected(self, backend: Address) -> SocketType | None:
+    def _name_for(self, ip: str, action: Forward, backend: Address) -> str | None:
+        """Return the address that the backend shall see; None for this node's."""
+        transparent = self.relay.transparent
+        if transparent is None:
+            return None
+        return ip if transparent.keeps(action, ip, backend, self.relay.loop.time()) else None
+
+    def _connected(self, backend: Address, name: str | None) -> SocketType | None:
         family = socket.AF_INET6 if ":" in backend.ip else socket.AF_INET
         for _ in range(2):
             try:
@@ -366,6 +376,8 @@ class UdpFront:
                     continue
                 return None
             try:
+                if name is not None:
+                    dress(sock, name)
                 sock.connect(backend)
             except OSError:
                 sock.close()

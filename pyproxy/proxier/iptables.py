@@ -10,7 +10,7 @@ from pyproxy.config import PRIMARY, Config, local_cidr, masquerade_all, node_por
 from pyproxy.host import LOOPBACK
 from pyproxy.metrics import INVALID, LOCALHOST
 from pyproxy.model import Family, Network
-from pyproxy.proxier import Env, _nfacct
+from pyproxy.proxier import Env, _iptc, _nfacct
 from pyproxy.proxier._flavour import answer_of, chosen_flavour, programs_of, tables_with
 from pyproxy.proxier._ipset import IpSets
 from pyproxy.proxier._iptables import Iptables, IptablesError
@@ -164,6 +164,8 @@ async def watch(tables: Iptables, target: IpTarget, env: Env) -> None:
     A chain that only a flush of all rules removes tells of one.
     """
     await target.established.wait()
+    if tables.programs.flavour == "legacy":
+        await asyncio.to_thread(_iptc.load)
     for flavour, programs in programs_of(env.family).items():
         if flavour != tables.programs.flavour:
             await remove_leftovers(tables_with(programs))

@@ -15,17 +15,20 @@ from pyproxy.config import Config, node_port_cidrs, with_setting
 from pyproxy.delta import Delta
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
+from pyproxy.proxier import _transparent as transparent
 from pyproxy.proxier._around import surroundings
 from pyproxy.proxier._bypass import Bypass
-from pyproxy.proxier._capture import WAYS, Capture, best, why_not
+from pyproxy.proxier._capture import WAYS, Capture, best, risk, why_not
 from pyproxy.proxier._fronts import Fronts
 from pyproxy.proxier._lookup import Unsupported
 from pyproxy.proxier._socketlb import Balanced
 from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._tcp import TcpRelay
+from pyproxy.proxier._tproxy import remove_rules
+from pyproxy.proxier._transparent import Transparent
 from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
 from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
-from pyproxy.reconcile import ApplyError, Proxier, Reconciler
+from pyproxy.reconcile import ApplyError, Difference, Proxier, Reconciler
 from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address, passes_by
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
@@ -47,6 +50,8 @@ def settled(config: Config) -> Config:
     reason = why_not(name)
     if reason is not None:
         raise LookupError(f"userspace.capture: {name} cannot work on this node: {reason}")
+    if danger := risk(name):
+        log.warning("userspace.capture", extra={"capture": name, "problem": danger})
     return config
 
 
@@ -60,7 +65,7 @@ def build(env: Env) -> Proxier:
 
 
 async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
-    """Remove the local routes: all that outlives the process. kube-proxy has none."""
+    """Remove what outlives the process: routes, programs and rules. kube-proxy has none of it."""
     if not ours:
         return None
     routes, bypass = Vips(family, None), Bypass(family, RTPROT_PYPROXY)
@@ -73,7 +78,13 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
     finally:
         routes.close()
         bypass.close()
-    return "; ".join(left.values()) or None
+    problems = list(left.values())
+    try:
+        remove_rules(family)
+    except OSError as error:
+        problems.append(f"cannot remove the rules of the capture: {error.strerror}")
+    problem = transparent.remove(family)
+    return "; ".join([*problems, *([problem] if problem else [])]) or None
 
 
 class Frontends:
@@ -89,9 +100,15 @@ class Frontends:
             conntrack.udp_stream_timeout_seconds or defaults.stream,
         )
         observe = env.observe
-        self._tcp = TcpRelay(self._surroundings, partial(observe, "TCP"))
+        keeps = env.config.userspace.keep_client_address
+        self._transparent = Transparent(env.family, self._surroundings) if keeps else None
+        self._tcp = TcpRelay(self._surroundings, partial(observe, "TCP"), self._transparent)
         self._udp = UdpRelay(
-            self._tcp.poller, self._surroundings, timeouts, partial(observe, "UDP")
+            self._tcp.poller,
+            self._surroundings,
+            timeouts,
+            partial(observe, "UDP"),
+            self._transparent,
         )
         self._opened: Fronts | None = None
         self._pickers: dict[ServicePortName, Picker] = {}
@@ -109,6 +126,10 @@ class Frontends:
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
             self._bypass = Bypass(self._env.family, RTPROT_PYPROXY)
+            if self._transparent is not None:
+                self._transparent.switch_on()
+            else:
+                transparent.remove(self._env.family)  # of an earlier process
         try:
             self._local = self._vips.listed()
         except OSError as error:
@@ -128,10 +149,25 @@ class Frontends:
                 await asyncio.sleep(0)
         wanted = self._wanted(self._fronts.held() - delta.removed.keys())
         self._lead_past(frontend for users in wanted.values() for frontend in users)
+        self._commit()
         refused |= self._make_local(wanted)
         self._unroute(self._local - wanted.keys())
         self._close(delta.removed)
+        self._commit()
         return refused
+
+    async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
+        """Look at our sockets, and at the kernel's local routes. Raises ``ApplyError``."""
+        assert self._vips is not None, "what was written was adopted before"
+        try:
+            listed = self._vips.listed()
+        except OSError as error:
+            raise ApplyError(f"cannot list local routes: {error.strerror}") from error
+        found = [d for f, listener in wanted.items() for d in self._fronts.differing(f, listener)]
+        held = self._fronts.held()
+        missing = self._wanted(f for f in wanted if f in held).keys() - listed
+        lost = [Difference(f"local route {vip.ip}", "a route of ours", None) for vip in missing]
+        return (*found, *lost)
 
     async def clear(self) -> None:
         """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""
@@ -154,6 +190,8 @@ class Frontends:
             log.info("closing connections", extra={"open": self._tcp.open_count})
         self._tcp.close_all()
         self._udp.close_all()
+        if self._transparent is not None:
+            self._transparent.close()
         if self._vips is not None:
             self._vips.close()
         if self._bypass is not None:
@@ -175,6 +213,12 @@ class Frontends:
             if problem is not None:
                 refused[frontend] = f"{owner}: {frontend}: {problem}"
         return refused
+
+    def _commit(self) -> None:
+        try:
+            self._fronts.commit()
+        except OSError as error:
+            raise ApplyError(f"cannot capture packets for Services: {error.strerror}") from error
 
     def _wanted(self, frontends: Iterable[Frontend]) -> dict[Vip, list[Frontend]]:
         """Return what must be led here for these frontends, and which of them need it."""

@@ -44,6 +44,7 @@ PROTOCOLS: Mapping[Proto, int] = {"TCP": 6, "UDP": 17}
 NUMBER = struct.Struct("=I")
 PORT_AND_PROTOCOL = struct.Struct("=II")
 ENTRY = struct.Struct("=BBBBI")
+NO_SOURCES = 0  # the number of the list in an entry that admits all sources
 
 
 class Entry(Struct, frozen=True):
@@ -105,37 +106,35 @@ def covers(wide: Network, network: Network) -> bool:
 class Sizes(NamedTuple):
     """The sizes of keys in bytes."""
 
-    address: int
-    frontend: int
-    origin: int
-    source: int
+    entry: int
+    network: int
 
 
 def sizes(family: Family) -> Sizes:
     address = 4 if family == 4 else 16
-    return Sizes(address, address + 8, 4 + address, 8 + address)
-
-
-def address_key(ip: str, family: Family) -> bytes:
-    """Return the key of an address; of the empty one, that of all addresses."""
-    return packed_ip(ip) if ip else bytes(sizes(family).address)
+    return Sizes(address + 8, address + 8)
 
 
 def frontend_key(frontend: Frontend, family: Family) -> bytes:
-    return address_key(frontend.ip, family) + PORT_AND_PROTOCOL.pack(
-        frontend.port, PROTOCOLS[frontend.proto]
-    )
+    """Return the key of an entry; a node port's has the address that is none."""
+    where = PORT_AND_PROTOCOL.pack(frontend.port, PROTOCOLS[frontend.proto])
+    return packed_address(frontend.ip, family) + where
 
 
-def origin_key(network: Network) -> bytes:
-    """Return the key of a trie: the length of the prefix, and the prefix."""
-    return NUMBER.pack(network.prefixlen) + network.network_address.packed
+def address_key(ip: str, family: Family) -> bytes:
+    """Return the key of what an address is: no frontend has port 0. Empty means any address."""
+    return packed_address(ip, family) + bytes(PORT_AND_PROTOCOL.size)
 
 
-def source_key(number: int, network: Network) -> bytes:
-    """Return the key of a trie that many frontends share: their numbers are part of the prefix.
+def packed_address(ip: str, family: Family) -> bytes:
+    return packed_ip(ip) if ip else bytes(4 if family == 4 else 16)
 
-    The number is in the host's byte order: it is only ever compared as a whole.
+
+def network_key(network: Network, number: int = NO_SOURCES) -> bytes:
+    """Return the key of a trie, which begins with the length of the prefix.
+
+    Numbers of lists of sources are a part of the prefix, and 0 is the one of origins. They are in
+    the host's byte order: they are only ever compared as a whole.
     """
     prefix = NUMBER.pack(32 + network.prefixlen)
     return prefix + NUMBER.pack(number) + network.network_address.packed
@@ -145,3 +144,7 @@ def packed_entry(value: Entry, number: int) -> bytes:
     """Return an entry's bytes; ``number`` is that of its sources, 0 where all are allowed."""
     verdicts = (VERDICTS[v] for v in (value.pod, value.node, value.outside))
     return ENTRY.pack(*verdicts, value.sticky, number)
+
+
+def packed_standing(standing: Standing) -> bytes:
+    return ENTRY.pack(STANDINGS[standing], 0, 0, 0, NO_SOURCES)

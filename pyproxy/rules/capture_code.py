@@ -23,17 +23,15 @@ SINK_OF_TCP, SINK_OF_UDP = 0, 1  # in the map of sockets
 FIRST_WORKER = 2  # from here on two for each worker: TCP, UDP
 
 # On the stack
-KEY, ORIGIN, SOURCE, INDEX = -24, -48, -72, -80
+KEY, NETWORK, INDEX = -24, -48, -56
 MIX = 0x61C88647  # 2 to the 32 divided by the golden ratio, as a positive number of 31 bits
 
 
 class Maps(NamedTuple):
     """The file descriptors of the maps."""
 
-    frontends: int
-    addresses: int
-    origins: int
-    sources: int
+    entries: int  # of frontends and addresses
+    networks: int  # origins, and the sources that frontends allow
     sockets: int
 
 
@@ -55,20 +53,24 @@ def find_entry(asm: Assembler, family: Family, maps: Maps) -> None:
     """Leave the frontend's entry in R7; go on at ``silent`` or ``pass`` where there is none."""
     words = word_count(family)
     local = LOCAL_IP4 if family == 4 else LOCAL_IP6
-    fields = [local + 4 * word for word in range(words)] + [LOCAL_PORT, PROTOCOL]
-    copy(asm, KEY, fields)
-    look_up(asm, maps.frontends, KEY)
+    port = KEY + 4 * words
+    copy(asm, KEY, [local + 4 * word for word in range(words)])
+    copy(asm, port, [LOCAL_PORT, PROTOCOL])
+    look_up(asm, maps.entries, KEY)
     asm.jump_if(R0, "!=", 0, "found")
-    look_up(asm, maps.addresses, KEY)
+    asm.store(FP, port, 0, 4)
+    asm.store(FP, port + 4, 0, 4)
+    look_up(asm, maps.entries, KEY)
     asm.jump_if(R0, "!=", 0, "standing")
     any_address(asm, words)
-    look_up(asm, maps.addresses, KEY)
+    look_up(asm, maps.entries, KEY)
     asm.jump_if(R0, "==", 0, "pass")
     asm.label("standing")
-    asm.load(R3, R0, 0, 4)
+    asm.load(R3, R0, 0, 1)
     asm.jump_if(R3, "==", STANDINGS["silent"], "silent")
     any_address(asm, words)
-    look_up(asm, maps.frontends, KEY)
+    copy(asm, port, [LOCAL_PORT, PROTOCOL])
+    look_up(asm, maps.entries, KEY)
     asm.jump_if(R0, "==", 0, "pass")
     asm.label("found")
     asm.set(R7, R0)
@@ -79,17 +81,16 @@ def decide(asm: Assembler, family: Family, maps: Maps) -> None:
     words = word_count(family)
     remote = REMOTE_IP4 if family == 4 else REMOTE_IP6
     addresses = [remote + 4 * word for word in range(words)]
+    asm.store(FP, NETWORK, 32 + 32 * words, 4)
+    copy(asm, NETWORK + 8, addresses)
     asm.load(R8, R7, 4, 4)
     asm.jump_if(R8, "==", 0, "allowed")
-    asm.store(FP, SOURCE, 32 + 32 * words, 4)
-    asm.store(FP, SOURCE + 4, R8, 4)
-    copy(asm, SOURCE + 8, addresses)
-    look_up(asm, maps.sources, SOURCE)
+    asm.store(FP, NETWORK + 4, R8, 4)
+    look_up(asm, maps.networks, NETWORK)
     asm.jump_if(R0, "==", 0, "silent")
     asm.label("allowed")
-    asm.store(FP, ORIGIN, 32 * words, 4)
-    copy(asm, ORIGIN + 4, addresses)
-    look_up(asm, maps.origins, ORIGIN)
+    asm.store(FP, NETWORK + 4, 0, 4)
+    look_up(asm, maps.networks, NETWORK)
     asm.set(R8, ORIGINS["outside"])
     asm.jump_if(R0, "==", 0, "origin")
     asm.load(R8, R0, 0, 4)

@@ -140,6 +140,10 @@ class MatchProto(Struct, frozen=True):
     proto: Proto
 
 
+class MatchTransparent(Struct, frozen=True):
+    """``socket transparent 1``: a socket that may have others' addresses wants the packet."""
+
+
 class SetMark(Struct, frozen=True):
     """``meta mark set mark or 0x4000``."""
 
@@ -203,14 +207,20 @@ class Masquerade(Struct, frozen=True):
     """``masquerade fully-random``."""
 
 
+class Tproxy(Struct, frozen=True):
+    """``tproxy to 127.0.0.1:80``: to the connection there is, else to who listens there."""
+
+    address: Address
+
+
 class Counter(Struct, frozen=True):
     """``counter``: count packets and bytes that come by."""
 
 
 AddressMatch = MatchNetwork | MatchSet | MatchInput | MatchLocal
-StateMatch = MatchState | MatchDnat | MatchMark | MatchProto
+StateMatch = MatchState | MatchDnat | MatchMark | MatchProto | MatchTransparent
 Change = SetMark | ToggleMark | Dnat | DnatPick | UpdateSet
-Ending = Reject | Masquerade | Counter | VerdictMap | PickVerdict | Verdict
+Ending = Reject | Masquerade | Tproxy | Counter | VerdictMap | PickVerdict | Verdict
 Statement = AddressMatch | StateMatch | Change | Ending
 
 

@@ -21,6 +21,7 @@ from pyproxy.rules.nft import (
     MatchProto,
     MatchSet,
     MatchState,
+    MatchTransparent,
     Pick,
     PickVerdict,
     Reject,
@@ -31,6 +32,7 @@ from pyproxy.rules.nft import (
     Statement,
     Table,
     ToggleMark,
+    Tproxy,
     TypeName,
     Types,
     UpdateSet,
@@ -73,7 +75,7 @@ def statement_text(table: Table, statement: Statement) -> str:
     match statement:
         case MatchNetwork() | MatchSet() | MatchInput() | MatchLocal():
             return _address_match_text(table, statement)
-        case MatchState() | MatchDnat() | MatchMark() | MatchProto():
+        case MatchState() | MatchDnat() | MatchMark() | MatchProto() | MatchTransparent():
             return _state_match_text(statement)
         case SetMark() | ToggleMark() | Dnat() | DnatPick() | UpdateSet():
             return _change_text(table, statement)
@@ -104,6 +106,8 @@ def _state_match_text(statement: StateMatch) -> str:
             return f"meta mark and {bits:#x} == {bits:#x}"
         case MatchProto(proto):
             return f"meta l4proto {proto.lower()}"
+        case MatchTransparent():
+            return "socket transparent 1"
 
 
 def _change_text(table: Table, statement: Change) -> str:
@@ -134,6 +138,8 @@ def _ending_text(table: Table, statement: Ending) -> str:
             return "reject"
         case Masquerade():
             return "masquerade fully-random"
+        case Tproxy(address):
+            return f"tproxy to {address}"
         case Counter():
             return "counter"
 
@@ -194,7 +200,7 @@ def _set_lines(table: Table, a_set: Set, elements: Sequence[Element]) -> Iterato
         yield f"\t\ttimeout {a_set.timeout_seconds}s"
     if elements:
         ordered = sorted(elements, key=lambda element: key_order(a_set.key, element.key))
-        lines = ",\n\t\t\t".join(_element_text(a_set, element) for element in ordered)
+        lines = ",\n\t\t\t".join(element_text(a_set, element) for element in ordered)
         yield f"\t\telements = {{\n\t\t\t{lines}\n\t\t}}"
     yield "\t}"
 
@@ -231,7 +237,7 @@ def _example_text(table: Table, kind: TypeName) -> str:
             return "meta cpu"
 
 
-def _element_text(a_set: Set, element: Element) -> str:
+def element_text(a_set: Set, element: Element) -> str:
     words = key_text(a_set.key, element.key, element.key_end)
     if element.comment:
         words += f' comment "{clipped(element.comment)}"'

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from pyproxy.cache import Cache
 from pyproxy.model import Remove, Upsert
 from pyproxy.plan import Planner
-from pyproxy.reconcile import Reconciler
+from pyproxy.reconcile import Reconciler, Verified
 from tests.builders import SITE, endpoint, endpoint_slice, owner, service
 from tests.conftest import JumpingLoop, LoopClock
 from tests.fakes.target import FakeTarget
@@ -179,3 +179,50 @@ def test_increments_equal_a_rewrite_whatever_fails_in_between(history):
         loop.run_until_complete(story())
     finally:
         loop.close()
+
+
+async def test_it_verifies_what_it_wrote_and_names_what_is_otherwise(node):
+    await node.change(*put(service("web"), service("api", "10.96.0.2")))
+    assert await node.reconciler.verify({WEB, API}) == Verified(2)
+    (key,) = [key for key in node.target.holds if key.ip == "10.96.0.2"]
+    del node.target.holds[key]
+    before = dict(node.target.holds)
+    found = await node.reconciler.verify({WEB, API})
+    assert [(d.entry, d.held) for d in found.differences] == [(str(key), None)]
+    assert await node.reconciler.verify({WEB}) == Verified(1)
+    assert node.target.holds == before, "to look changes nothing"
+
+
+async def test_nothing_can_be_verified_before_the_first_write_or_after_a_failed_one(node):
+    assert await node.reconciler.verify({WEB}) is None
+    await node.change(*put(service("web")))
+    node.target.fail_next = 1
+    await node.change(*put(service("api", "10.96.0.2")))
+    assert await node.reconciler.verify({WEB}) is None
+    await node.change()
+    assert await node.reconciler.verify({WEB, API}) == Verified(2)
+
+
+async def test_a_sync_that_comes_in_between_makes_a_look_worthless(node):
+    await node.change(*put(service("web")))
+    compare = node.target.compare
+
+    async def compare_while_it_changes(wanted):
+        found = await compare(wanted)
+        await node.change(*put(service("api", "10.96.0.2")))
+        return found
+
+    node.target.compare = compare_while_it_changes
+    assert await node.reconciler.verify({WEB}) is None
+
+
+async def test_what_the_target_refused_is_told_by_owner_and_not_expected_of_it(node):
+    report = await node.change(*put(service("web")))
+    (key,) = node.target.holds
+    node.target.refuses = {key}
+    report = await node.change(*put(service("web", ports=(("", "TCP", 80, 30080),))))
+    node.reconciler.distrust()
+    node.target.holds = {}
+    report = await node.change()
+    assert report.refused == {WEB: (f"{key} is not to be had",)}
+    assert await node.reconciler.verify({WEB}) == Verified(1)

@@ -7,6 +7,7 @@ from pyproxy.model import Address
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.proxier._ipvsnl import Busy, Counts
 from pyproxy.proxier._netlink import attributes
+from pyproxy.reconcile import Difference
 from pyproxy.rules.ipvs import Destination, Server
 
 NOTHING = Counts(0, 0, 0, 0, 0)
@@ -112,6 +113,13 @@ class FakeTable:
 
     async def adopt(self):
         return dict(self.items)
+
+    async def compare(self, wanted):
+        return tuple(
+            Difference(str(key), str(value), None)
+            for key, value in wanted.items()
+            if self.items.get(key) != value
+        )
 
     async def apply(self, delta):
         for item in delta.removed:

@@ -1,7 +1,7 @@
 """A target that is a dictionary, refuses what it is told to, and fails when asked."""
 
 from pyproxy.delta import patch
-from pyproxy.reconcile import ApplyError
+from pyproxy.reconcile import ApplyError, Difference
 
 
 class FakeTarget:
@@ -25,6 +25,14 @@ class FakeTarget:
         wanted = patch(self.holds, delta)
         self.holds = {key: value for key, value in wanted.items() if key not in refused}
         return refused
+
+    async def compare(self, wanted):
+        held = {key: self.holds.get(key) for key in wanted}
+        return tuple(
+            Difference(str(key), str(value), None if held[key] is None else str(held[key]))
+            for key, value in wanted.items()
+            if held[key] != value
+        )
 
     async def clear(self):
         self.holds = {}

@@ -3,7 +3,7 @@
 import asyncio
 import os
 
-TRIALS = 150
+TRIALS = int(os.environ.get("TRIALS", "150"))  # 20000, to be sure
 AT_ONCE = 32
 
 

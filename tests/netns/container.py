@@ -21,7 +21,7 @@ IMAGE = ROOT / "build" / "image"
 SECCOMP = Path("/usr/share/containers/seccomp.json")
 ARCHES = {"x86_64": "amd64", "aarch64": "arm64"}
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 120
 # crun knows cgroups only where there is one hierarchy; it shall make none anyway.
 CRUN = "umount -R /sys/fs/cgroup 2>/dev/null; mount -t cgroup2 none /sys/fs/cgroup; exec crun"
 

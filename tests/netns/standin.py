@@ -79,6 +79,6 @@ def printed(*words, stdin=""):
     """Return what a program prints."""
     pipe = subprocess.PIPE
     child = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-    output, _ = child.communicate(stdin, timeout=60)
+    output, _ = child.communicate(stdin, timeout=120)
     assert child.returncode == 0, output
     return output

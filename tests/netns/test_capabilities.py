@@ -85,6 +85,28 @@ async def test_no_capability_is_there_for_nothing(mode, capability, words, tmp_p
             await pyproxy.until_logged(words)
 
 
+@pytest.fixture
+def cgroup(test_cgroup, tmp_path):
+    """The test's cgroup, where nobody unmounts it."""
+    at = tmp_path / "cgroup"
+    at.mkdir()
+    printed("mount", "--bind", str(test_cgroup), str(at))
+    yield at
+    printed("umount", str(at))
+
+
+async def test_sockets_are_balanced(cgroup, bpffs, tmp_path):
+    host = {"/sys/fs/cgroup": cgroup, "/sys/fs/bpf": bpffs}
+    async with cluster() as api:
+        pod = deployed(tmp_path, api, "mode-userspace", "socket-lb", host=host)
+        async with pod.running("pyproxy") as pyproxy:
+            await pyproxy.until_logged("serving")
+            assert await answer(CLUSTER_IP) == "web-1"
+        assert '"sockets are balanced when they connect" family=4' in pyproxy.log
+        assert "sockets are not balanced" not in pyproxy.log
+        assert list(bpffs.iterdir())  # and go on being so
+
+
 async def test_a_node_serves_what_it_knew_while_the_api_server_is_away(tmp_path):
     async with cluster() as api:
         pod = deployed(tmp_path, api)

@@ -21,7 +21,7 @@ from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.proxier._iptarget import IpTarget, remove
 from pyproxy.reconcile import Reconciler
 from pyproxy.report import RestoreReport
-from pyproxy.rules.iptables import Item, Ruleset, compile_owner, set_name
+from pyproxy.rules.iptables import CLUSTER_IPS, Item, Ruleset, compile_owner, set_name, suffix_of
 from pyproxy.rules.iptables_base import CANARY, INVALID_DROPPED, LOCALHOST_ACCEPTED
 from pyproxy.rules.iptables_layout import chains_of
 from pyproxy.rules.iptables_text import is_ours, parsed
@@ -326,6 +326,21 @@ async def test_the_canary_is_in_each_table(tables, ruleset):
     await proxier(tables, ruleset).sync(plan, set(plan.ports))
     there = parsed(await tables.save())
     assert {table for table, chain in there if chain == CANARY} == {"filter", "nat", "mangle"}
+
+
+async def test_it_verifies_owners_against_the_kernel_and_mends_nothing(tables, ruleset):
+    plan = cluster(ruleset.family)
+    carrier = proxier(tables, ruleset)
+    await carrier.sync(plan, set(plan.ports))
+    owners = set(plan.ports)
+    found = await carrier.verify(owners)
+    assert (found.entries > len(owners), found.differences) == (True, ())
+    some = next(iter(sorted(owners)))
+    chain = f"KUBE-SVC-{suffix_of(some)}"
+    output_of(tables.programs.plain, "-w", "-t", "nat", "-F", chain)
+    output_of("ipset", "flush", set_name(CLUSTER_IPS, ruleset.family))
+    entries = {d.entry.split()[1]: d.held for d in (await carrier.verify(owners)).differences}
+    assert entries == {chain: "", CLUSTER_IPS: None}
 
 
 async def test_a_client_goes_where_the_hash_of_its_address_says(tables, ruleset):

@@ -28,6 +28,9 @@ async def tables(request):
     kind, family = request.param
     programs = programs_of(family)["nft" if kind == "nft" else "legacy"]
     flush(programs)
+    if kind == "library":
+        _iptc.load()
+        assert _iptc.library() is not None, "pip install python-iptables"
     tables = (LegacyIptables if kind == "library" else Iptables)(programs)
     yield tables
     await tables.aclose()
@@ -114,27 +117,31 @@ async def test_to_look_brings_no_table_into_being():
 # --- the library ----------------------------------------------------------------------------------
 
 
-def test_legacy_tables_are_looked_at_by_the_library_where_it_is(monkeypatch):
+async def test_the_library_is_asked_once_it_is_loaded(monkeypatch):
+    legacy = tables_with(programs_of(4)["legacy"])
+    flush(legacy.programs)  # which brings its tables into being
+    asked = []
+    monkeypatch.setattr(_iptc, "chains", lambda family, table: asked.append(table) or {})
+    monkeypatch.setattr(_iptc, "loaded", [])
+    assert not await legacy.has_canary()
+    assert asked == []
+    _iptc.load()
     assert _iptc.library() is not None, "pip install python-iptables"
-    legacy = programs_of(4)["legacy"]
-    flush(legacy)  # which brings its tables into being
-    assert type(tables_with(legacy)) is LegacyIptables
-    monkeypatch.setattr(_iptc, "library", lambda: None)
-    assert type(tables_with(legacy)) is Iptables
+    assert not await legacy.has_canary()
+    assert asked == ["mangle"]
 
 
-@pytest.mark.parametrize("has_library", [True, False], ids=["library", "programs"])
-def test_rules_and_signs_of_kubelet_are_counted(has_library, monkeypatch):
-    legacy = programs_of(4)["legacy"]
-    flush(legacy)
-    output_of(legacy.restore, text=FOREIGN)
-    if not has_library:
-        monkeypatch.setattr(_iptc, "library", lambda: None)
-    assert census(legacy) == Census(FOREIGN.count("\n-A "), is_hinted=True)
-    flush(legacy)
+def test_rules_and_signs_of_kubelet_are_counted():
+    for flavour in ("nft", "legacy"):
+        found = programs_of(4)[flavour]
+        flush(found)
+        output_of(found.restore, text=FOREIGN)
+        assert census(found) == Census(FOREIGN.count("\n-A "), is_hinted=True)
+        flush(found)
 
 
 def test_the_lock_of_the_programs_is_waited_for(monkeypatch):
+    _iptc.load()
     monkeypatch.setattr(_iptc, "LOCK_SECONDS", 0.1)
     with open(_iptc.LOCK, "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -24,10 +24,10 @@ from pyproxy.plan import Planner, Site
 from pyproxy.process import SystemClock
 from pyproxy.proxier._nfnetlink import NfTables
 from pyproxy.proxier._nftarget import NfTarget
-from pyproxy.reconcile import Reconciler
+from pyproxy.reconcile import Reconciler, Verified
 from pyproxy.render import rules_text
 from pyproxy.rules.nftables import Ruleset, compile_owner
-from tests.builders import HERE
+from tests.builders import HERE, owner
 from tests.scenarios import scenario
 
 pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])
@@ -346,3 +346,36 @@ async def test_a_write_that_the_kernel_refuses_is_an_error_and_then_repaired(fam
         report = await node.change()
         assert (report.full, report.error) == (True, None)
         assert len([e for e in node.elements("endpoints") if f"{VIP[family].format(1)} " in e]) == 2
+
+
+@both
+async def test_it_verifies_owners_against_the_kernel_and_mends_nothing(family):
+    async with started(family) as node:
+        await node.change(*node.shop())
+        owners = set(node.planner.plan.ports)
+        found = await node.reconciler.verify(owners)
+        assert (found.entries > 30, found.differences) == (True, ())
+        ip = VIP[family].format(1)
+        node.by_hand("delete element", "service-ips", f"{{ {ip} . tcp . 80 }}")
+        node.by_hand("flush chain", "pick-3")
+        node.by_hand("delete element", "endpoints", f"{{ {ip} . tcp . 80 . 2 }}")
+        found = await node.reconciler.verify(owners)
+        pod = POD[family].format(3)
+        assert sorted((d.entry, d.held) for d in found.differences) == [
+            ("chain pick-3", "0 rules, not these"),
+            ("element of endpoints", None),
+            ("element of service-ips", None),
+        ]
+        assert f"{ip} . tcp . 80 . 2 : {pod} . 8080" in [d.wanted for d in found.differences]
+        assert await node.reconciler.verify(owners) == found
+        assert await node.reconciler.verify({owner("idle")}) == Verified(3)
+        await node.audit()
+        assert (await node.reconciler.verify(owners)).differences == ()
+
+
+async def test_a_table_that_is_gone_is_a_difference_and_no_error():
+    async with started(4) as node:
+        await node.change(*node.shop())
+        node.by_hand("delete table")
+        found = await node.reconciler.verify(set(node.planner.plan.ports))
+        assert ("set service-ips", None) in [(d.entry, d.held) for d in found.differences]

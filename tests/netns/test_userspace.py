@@ -15,6 +15,8 @@ from pyproxy.proxier import userspace
 from pyproxy.proxier._capture import WAYS
 from pyproxy.proxier._capture import why_not as why_not_captured
 from pyproxy.proxier._lookup import Lookup, Unsupported
+from pyproxy.reconcile import Verified
+from tests.builders import owner
 from tests.netns import node as node_module
 from tests.netns.node import (
     LOOPBACK,
@@ -426,4 +428,21 @@ async def test_what_an_earlier_process_left_is_taken_over_or_removed():
             await node.service("api", 2)
             assert {vip.ip for vip in routes.listed()} == {"10.96.0.1", "10.96.0.2"}
         assert routes.listed() == set()
+        routes.close()
+
+
+async def test_it_verifies_sockets_and_routes_and_mends_nothing():
+    from pyproxy.proxier._vips import Vips, whole_address
+
+    async with Backend(4, "a") as a, proxied(4) as node:
+        await node.service("web", 1, node_port=30080)
+        await node.endpoints("web", a.address)
+        web = owner("web")
+        assert await node.carrier.verify({web}) == Verified(2)
+        routes = Vips(4, None)
+        routes.remove([whole_address("10.96.0.1")])
+        found = await node.carrier.verify({web})
+        assert [d.entry for d in found.differences] == ["local route 10.96.0.1"]
+        routes.add([whole_address("10.96.0.1")])
+        assert await node.carrier.verify({web}) == Verified(2)
         routes.close()

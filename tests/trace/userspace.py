@@ -8,18 +8,18 @@ from ipaddress import ip_address
 from pyproxy.host import LOOPBACK
 from pyproxy.model import Drop, Forward, Frontend, Pass
 from pyproxy.rules.capture import (
+    NO_SOURCES,
     NUMBER,
     ORIGINS,
     PROTOCOLS,
-    STANDINGS,
     address_key,
     entry,
     frontend_key,
-    origin_key,
+    network_key,
     origins,
     packed_entry,
+    packed_standing,
     sizes,
-    source_key,
 )
 from pyproxy.rules.capture_code import (
     ADDRESS_FAMILY,
@@ -111,27 +111,24 @@ class Captured(Listeners):
         super().__init__(ports, world, pods)
         family, size = world.family, sizes(world.family)
         self.maps = Maps(
-            frontends=Hash(size.frontend),
-            addresses=Hash(size.address),
-            origins=Trie(size.origin),
-            sources=Trie(size.source),
+            entries=Hash(size.entry),
+            networks=Trie(size.network),
             sockets=Hash(4),
         )
         self.code = code(family, Maps(*range(len(self.maps))), workers)
         for number, (frontend, listener) in enumerate(self.listeners.items(), 1):
             made = entry(listener.route)
             limited = made.sources is not None
-            key = frontend_key(frontend, family)
-            self.maps.frontends[key] = packed_entry(made, number if limited else 0)
+            packed = packed_entry(made, number if limited else NO_SOURCES)
+            self.maps.entries[frontend_key(frontend, family)] = packed
             for network in made.sources or ():
-                self.maps.sources[source_key(number, network)] = NUMBER.pack(1)
+                self.maps.networks[network_key(network, number)] = NUMBER.pack(1)
             if owns_address(listener.route):
-                standing = NUMBER.pack(STANDINGS["silent"])
-                self.maps.addresses[address_key(frontend.ip, family)] = standing
+                self.maps.entries[address_key(frontend.ip, family)] = packed_standing("silent")
         for network, origin in origins(self.around, family).items():
-            self.maps.origins[origin_key(network)] = NUMBER.pack(ORIGINS[origin])
+            self.maps.networks[network_key(network)] = NUMBER.pack(ORIGINS[origin])
         for ip in world.node_port_ips if world.node_port_ips is not None else ("",):
-            self.maps.addresses[address_key(ip, family)] = NUMBER.pack(STANDINGS["node ports"])
+            self.maps.entries[address_key(ip, family)] = packed_standing("node ports")
         for index in range(FIRST_WORKER + 2 * workers):
             self.maps.sockets[NUMBER.pack(index)] = index
 

@@ -139,3 +139,16 @@ def test_a_deleted_service_leaves_nothing_behind(cache):
     assert cache.port(WEB) is None
     assert list(cache.owners()) == []
     assert cache.endpoints(WEB)[0].address == address(1), "slices outlive their Service"
+
+
+def test_services_are_kept_for_those_who_ask_whether_they_are_served_or_not():
+    cache = Cache(4)
+    put(cache, service("web", resource_version="7"), "Service")
+    put(cache, service("headless", None, resource_version="9"), "Service")
+    put(cache, endpoint_slice("s", endpoint(1), resource_version="x3"))
+    assert {str(name) for name in cache.services()} == {"default/web", "default/headless"}
+    assert cache.ports(owner("headless").service_name) == ()
+    assert [part.name.name for part in cache.slices(owner("web").service_name)] == ["s"]
+    assert cache.versions == {"Service": 9}, "what is no number is no version"
+    cache.apply(Replace("Service", ()))
+    assert cache.services() == {}

@@ -101,7 +101,9 @@ def event(kind, obj):
 
 @pytest.mark.parametrize("kind", ["ADDED", "MODIFIED"])
 def test_an_object_that_is_new_or_different_has_changed(kind):
-    assert event(kind, GOOD) == Changed("7", Service(WEB, cluster_ip4="10.96.0.1"))
+    assert event(kind, GOOD) == Changed(
+        "7", Service(WEB, cluster_ip4="10.96.0.1", resource_version="7")
+    )
 
 
 def test_of_a_deleted_object_only_the_name_matters():
@@ -168,7 +170,10 @@ def test_a_bad_object_in_a_list_is_an_error_and_stops_no_other():
     assert decode_list(body.encode(), "Service") == Page(
         "9",
         "t",
-        (Service(WEB, cluster_ip4="10.96.0.1"), Service(ObjectName("x", "other"))),
+        (
+            Service(WEB, cluster_ip4="10.96.0.1", resource_version="7"),
+            Service(ObjectName("x", "other")),
+        ),
         (BAD_TEXT,),
     )
 

@@ -221,3 +221,20 @@ def test_a_service_of_another_proxy_is_skipped_whatever_the_label_says(value):
 
 def test_numbers_in_quotes_are_read_from_manifests():
     assert service(ports=[{"port": "80"}]).ports == (SpecPort("", "TCP", 80),)
+
+
+def test_what_people_ask_about_is_kept():
+    ingress = [{"ip": "203.0.113.9"}, {"ip": "203.0.113.11", "ipMode": "Proxy"}, {"hostname": "x"}]
+    found = service(
+        metadata={
+            "annotations": {
+                "kubernetes.io/elb.pass-through": "true",
+                "kubernetes.io/elb.class": "performance",
+            }
+        },
+        selector={"app": "web", "tier": "b"},
+        status={"loadBalancer": {"ingress": ingress}},
+    )
+    assert (found.selector, found.hostnames) == ("app=web,tier=b", ("x",))
+    assert (found.load_balancer_ips, found.proxied_ips) == (("203.0.113.9",), ("203.0.113.11",))
+    assert (found.cloud_traffic, found.elb_class) == ("pass-through", "performance")

@@ -73,6 +73,9 @@ def state(*addresses, server=WEB, weight=1, scheduler="rr"):
     }
 
 
+OTHER = Frontend("10.96.0.9", 80, "TCP")
+
+
 @pytest.fixture
 def node():
     return Node()
@@ -92,6 +95,20 @@ async def test_a_change_of_one_endpoint_is_four_messages_among_any_number_of_ser
         rest |= state(ONE, TWO, server=Frontend("10.96.1.1", number, "TCP"))
     await node.want(rest | state(ONE))
     assert await node.want(rest | state(TWO)) == 4, "new, weight 0, is it idle?, delete"
+
+
+async def test_what_is_not_as_wanted_is_found_and_left_as_it_is(node):
+    wanted = state(ONE, TWO)
+    await node.want(wanted)
+    assert await node.target.compare(wanted) == ()
+    node.vips.local.clear()
+    found = await node.target.compare(wanted | state(ONE, weight=3) | {OTHER: Server("rr")})
+    assert {d.entry: (d.wanted, d.held) for d in found} == {
+        "local address 10.96.0.1": ("a route of ours", None),
+        f"destination {ONE} of virtual server {WEB}": ("weight 3", "weight 1"),
+        f"virtual server {OTHER}": ("scheduler rr", None),
+    }
+    assert node.vips.local == set()
 
 
 async def test_a_busy_destination_takes_no_more_and_goes_when_it_is_idle(node):

@@ -331,6 +331,15 @@ def test_a_counter_kept_elsewhere_is_read_at_each_scrape():
     assert name not in unknown
 
 
+def test_applied_versions_are_read_at_each_scrape():
+    metrics, version = Metrics("nftables", (4,)), [7]
+    metrics.applied("Service", 4, lambda: version[0])
+    name = ("pyproxy_applied_resource_version", "IPv4", "Service")
+    assert samples(metrics)[name] == 7
+    version[0] = 9
+    assert samples(metrics)[name] == 9
+
+
 def test_rules_and_failures_of_restores_are_told():
     metrics = Metrics("iptables", (4, 6))
     metrics.restored(RestoreReport(4, True, False, {"filter": 9, "nat": 20}, {"nat": 20}))

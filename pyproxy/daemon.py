@@ -1,0 +1,121 @@
+"""What the running process tells commands: its parts as one view, and what only it can find out."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Final
+
+from pyproxy.config import Config, gate, node_port_cidrs
+from pyproxy.control import LiveQuestion
+from pyproxy.lane import Lane
+from pyproxy.listing import DifferenceRow, Verification, VerifiedFamily
+from pyproxy.metrics import Metrics
+from pyproxy.model import Family, Kind, ObjectName
+from pyproxy.plan import Site
+from pyproxy.proxier import Env
+from pyproxy.proxier._around import surroundings
+from pyproxy.reconcile import ApplyError, Proxier, Verified
+from pyproxy.rules.listeners import Surroundings
+from pyproxy.topology import Place
+from pyproxy.view import FamilyView, Query, QueryError, View, asked_service
+
+ATTEMPTS: Final = 20  # to look between two syncs
+PAUSE_SECONDS: Final = 0.05
+
+
+class Daemon:
+    """Answers for the lanes of a process. What is asked changes nothing."""
+
+    def __init__(self, node: str, config: Config, lanes: Sequence[Lane]) -> None:
+        self._node = node
+        self._config = config
+        self._lanes = lanes
+        self._carriers: dict[Family, tuple[Env, Proxier]] = {}
+
+    def carries(self, env: Env, carrier: Proxier) -> None:
+        """Take in who writes a family's plan, once it is known."""
+        self._carriers[env.family] = (env, carrier)
+
+    def publish(self, metrics: Metrics) -> None:
+        """Have metrics tell how far each kind of object is written."""
+        kinds: tuple[Kind, ...] = ("Service", "EndpointSlice")
+        for lane in self._lanes:
+            for kind in kinds:
+                metrics.applied(kind, lane.family, partial(lane.written, kind))
+
+    def view(self) -> View:
+        return View(
+            node=self._node,
+            mode=self._config.mode,
+            families=tuple(self._family(lane) for lane in self._lanes),
+            allow_external_ips=gate(self._config, "AllowServiceExternalIPs"),
+            cloud=self._config.cloud_annotations,
+            balances_sockets=self._config.userspace.socket_lb != "off",
+        )
+
+    def live(self) -> Mapping[str, LiveQuestion]:
+        """Return what is asked about more than the state, by its path."""
+        return {"verify": self._verify}
+
+    async def _verify(self, query: Query) -> Verification:
+        """Have each family's target compared with what was written for a Service."""
+        name = asked_service(query)
+        if name is None:
+            raise QueryError("verify: it needs a service")
+        self.view().service(name)
+        found = [await self._verified(lane, name) for lane in self._lanes]
+        return Verification(self._config.mode, tuple(found))
+
+    async def _verified(self, lane: Lane, name: ObjectName) -> VerifiedFamily:
+        owners = {port.name for port in lane.cache.ports(name)}
+        if not owners:
+            return VerifiedFamily(lane.family, "agrees", 0)
+        if lane.family not in self._carriers:
+            return unknown(lane, "nothing has been written yet")
+        _env, carrier = self._carriers[lane.family]
+        try:
+            for _attempt in range(ATTEMPTS):
+                if (found := await carrier.verify(owners)) is not None:
+                    return compared(lane, found)
+                await asyncio.sleep(PAUSE_SECONDS)
+        except ApplyError as error:
+            return unknown(lane, str(error))
+        return unknown(lane, lane.progress.error or "syncs follow each other too fast to look")
+
+    def _family(self, lane: Lane) -> FamilyView:
+        known = self._carriers.get(lane.family)
+        env = known[0] if known is not None else None
+        return FamilyView(
+            family=lane.family,
+            cache=lane.cache,
+            plan=lane.plan,
+            site=lane.site or Site(Place(self._node)),
+            around=surroundings(env) if env is not None else Surroundings(),
+            node_port_ips=node_port_ips(env) if env is not None else frozenset(),
+            progress=lane.progress,
+        )
+
+
+def compared(lane: Lane, found: Verified) -> VerifiedFamily:
+    differences = tuple(DifferenceRow(d.entry, d.wanted, d.held) for d in found.differences)
+    verdict = "differs" if differences else "agrees"
+    return VerifiedFamily(lane.family, verdict, found.entries, differences)
+
+
+def unknown(lane: Lane, why: str) -> VerifiedFamily:
+    return VerifiedFamily(lane.family, "unknown", 0, problem=why)
+
+
+def node_port_ips(env: Env) -> frozenset[str]:
+    """Return the addresses of this node that serve node ports."""
+    ranges = node_port_cidrs(env.config, env.family, env.node_ips)
+    seen = env.host.snapshot
+    own = seen.ips(env.family) if ranges is None else frozenset(seen.ips_in(env.family, ranges))
+    on_loopback = env.config.mode in ("userspace", "iptables") and (
+        env.config.iptables.localhost_node_ports
+    )
+    return own if on_loopback else frozenset(ip for ip in own if not is_loopback(ip))
+
+
+def is_loopback(ip: str) -> bool:
+    return ip.startswith("127.") or ip == "::1"

@@ -1,0 +1,173 @@
+"""Capture by rules of nf_tables: the elements that changed are one transaction for each sync.
+
+It needs CAP_NET_ADMIN only, which root of a user namespace has.
+"""
+
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from pyproxy.model import Address, Family, Frontend, Proto, Route
+from pyproxy.proxier import _nfpack as pack
+from pyproxy.proxier._lookup import Unsupported
+from pyproxy.proxier._nfnetlink import NfError, NfTables
+from pyproxy.proxier._nftarget import delete_tables
+from pyproxy.proxier._sockets import Shared, silent
+from pyproxy.rules import tproxy
+from pyproxy.rules.listeners import Surroundings
+from pyproxy.rules.nft import Element, packed_ip
+from pyproxy.rules.tproxy import LEAVE, NODE_PORT_IPS, SILENT, TAKE, Doors
+
+TABLE = "pyproxy-capture"
+TRIAL = "pyproxy-trial"
+
+Place = tuple[str, bytes]  # a set's name, and a key in it
+
+
+class ByRules:
+    """Frontends that serve everybody have a rule to the shared sockets; others have their own."""
+
+    def __init__(self, family: Family, table: str = TABLE) -> None:
+        """Make the table anew. Raises ``Unsupported``."""
+        self._family = family
+        self._table = tproxy.table(family, table)
+        self._there: dict[Place, Element] = {}
+        self._wanted: dict[Place, Element] = {}
+        self._touched: set[Place] = set()
+        self._everywhere = False  # node ports are served at all addresses of the node
+        self._sinks: dict[Proto, socket.socket] = {}
+        self.sockets: Shared | None = None
+        self._nf = NfTables()
+        try:
+            self.sockets = Shared(family)
+            for proto in ("TCP", "UDP"):
+                self._sinks[proto] = silent(family, proto)
+            self._send(self._base({"TCP": self.sockets.tcp, "UDP": self.sockets.udp}))
+        except OSError as error:
+            self.close()
+            raise Unsupported(error.strerror) from error
+
+    def takes(self, route: Route) -> bool:
+        return tproxy.takes(route)
+
+    def put(self, frontend: Frontend, route: Route) -> None:
+        verdict = TAKE if self.takes(route) else LEAVE
+        name, element = tproxy.frontend_element(frontend, self._family, verdict)
+        self._want(name, element)
+
+    def drop(self, frontend: Frontend) -> None:
+        name, element = tproxy.frontend_element(frontend, self._family, LEAVE)
+        self._want_no(name, element.key)
+
+    def silence(self, ip: str) -> None:
+        self._want(SILENT, Element(packed_ip(ip)))
+
+    def unsilence(self, ip: str) -> None:
+        self._want_no(SILENT, packed_ip(ip))
+
+    def surround(self, around: Surroundings, node_port_ips: Sequence[str] | None) -> None:
+        wanted = {packed_ip(ip) for ip in node_port_ips or ()}
+        there = {key for name, key in self._wanted if name == NODE_PORT_IPS}
+        for key in wanted - there:
+            self._want(NODE_PORT_IPS, Element(key))
+        for key in there - wanted:
+            self._want_no(NODE_PORT_IPS, key)
+        messages = []
+        everywhere = node_port_ips is None
+        if everywhere != self._everywhere:
+            messages = [pack.flush_chain(self._table, tproxy.PREROUTING.name)]
+            rules = tproxy.entrance(node_ports_everywhere=everywhere)
+            messages += [pack.new_rule(self._table, rule) for rule in rules]
+        self._send(messages + self._difference())
+        self._everywhere = everywhere
+        self._done()
+
+    def commit(self) -> None:
+        self._send(self._difference())
+        self._done()
+
+    def close(self) -> None:
+        """Remove the table: packets go where they would without us."""
+        self._nf.close()
+        with suppress(OSError, NfError):  # it was never made
+            delete_tables([self._table])
+        for sink in self._sinks.values():
+            sink.close()
+        if self.sockets is not None:
+            self.sockets.close()
+
+    def _base(self, serving: Mapping[Proto, socket.socket]) -> list[bytes]:
+        """Return the messages that make the table, whether there is one or not."""
+        table = self._table
+        messages = [pack.new_table(table), pack.delete_table(table), pack.new_table(table)]
+        messages += [pack.new_chain(table, chain) for chain in tproxy.CHAINS]
+        messages += [pack.new_set(table, a_set) for a_set in tproxy.sets(self._family)]
+        doors = Doors(
+            {proto: address(sock) for proto, sock in serving.items()},
+            {proto: address(sock) for proto, sock in self._sinks.items()},
+        )
+        rules = (*tproxy.rules(doors), *tproxy.entrance(node_ports_everywhere=self._everywhere))
+        return messages + [pack.new_rule(table, rule) for rule in rules]
+
+    def _want(self, name: str, element: Element) -> None:
+        self._wanted[name, element.key] = element
+        self._touched.add((name, element.key))
+
+    def _want_no(self, name: str, key: bytes) -> None:
+        self._wanted.pop((name, key), None)
+        self._touched.add((name, key))
+
+    def _difference(self) -> list[bytes]:
+        gone: dict[str, list[Element]] = {}
+        new: dict[str, list[Element]] = {}
+        for place in self._touched:
+            before, after = self._there.get(place), self._wanted.get(place)
+            if before == after:
+                continue
+            if before is not None:
+                gone.setdefault(place[0], []).append(before)
+            if after is not None:
+                new.setdefault(place[0], []).append(after)
+        messages = []
+        for name, elements in gone.items():
+            messages += pack.delete_elements(self._table, name, elements)
+        for name, elements in new.items():
+            messages += pack.new_elements(self._table, name, elements)
+        return messages
+
+    def _send(self, messages: list[bytes]) -> None:
+        """Carry out a transaction. Raises ``OSError``."""
+        try:
+            self._nf.commit(messages)
+        except NfError as error:
+            raise OSError(error.errno, str(error)) from error
+
+    def _done(self) -> None:
+        for place in self._touched:
+            element = self._wanted.get(place)
+            if element is None:
+                self._there.pop(place, None)
+            else:
+                self._there[place] = element
+        self._touched.clear()
+
+
+def why_no_rules() -> str | None:
+    """Say why this node cannot capture so, by a table that stays for a moment."""
+    try:
+        ByRules(4, TRIAL).close()
+    except Unsupported as why:
+        return str(why)
+    return None
+
+
+def remove_rules(family: Family) -> None:
+    """Remove what an earlier process left. Raises ``OSError``."""
+    try:
+        delete_tables([tproxy.table(family, TABLE)])
+    except NfError as error:
+        raise OSError(error.errno, str(error)) from error
+
+
+def address(sock: socket.socket) -> Address:
+    return Address(*sock.getsockname()[:2])

@@ -1,0 +1,215 @@
+"""Shows backends the address of the client, where the plan does not replace it.
+
+The socket towards the backend is bound to the client's address and port. What the backend answers
+is addressed to the client, and must end here: one rule of nf_tables marks packets that a
+transparent socket of this node wants, and a routing rule delivers marked packets locally.
+Linux: Documentation/networking/tproxy.rst.
+
+It may only be done where the answers come by this node for certain: the client, or the backend, is
+a pod of this node, and they are not behind the same interface (on one bridge, they would speak to
+each other).
+"""
+
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Callable
+from socket import IPPROTO_IP, IPPROTO_IPV6, SocketType
+
+from pyproxy.model import Address, Family, Forward
+from pyproxy.proxier._netlink import (
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    Message,
+    Netlink,
+    attribute,
+    attributes,
+)
+from pyproxy.proxier._nfnetlink import NfError, NfTables
+from pyproxy.proxier._nfpack import delete_table, new_chain, new_rule, new_table
+from pyproxy.proxier._sockets import OPTIONS
+from pyproxy.rules.listeners import Surroundings, origin_of
+from pyproxy.rules.nft import Chain, Hook, MatchTransparent, Rule, SetMark, Table
+
+TABLE_NAME = "pyproxy-userspace"
+CHAIN = Chain("prerouting", Hook("filter", "prerouting", -150))  # with the mangle chains
+MARK = 0x2000
+IP_BIND_ADDRESS_NO_PORT = 24
+ROUTES = 98 << 24 | 1  # a routing table of our own
+RULE_PRIORITY = 97
+PROTOCOL = 97  # the routing protocol of what is made here; routes to Service addresses have 98
+
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_NEWRULE, RTM_DELRULE = 32, 33
+RTN_LOCAL, RT_SCOPE_HOST, FR_ACT_TO_TABLE = 2, 254, 1
+RTA_DST, RTA_OIF, RTA_TABLE = 1, 4, 15
+FRA_PRIORITY, FRA_FWMARK, FRA_TABLE, FRA_FWMASK, FRA_PROTOCOL = 6, 10, 15, 16, 21
+ROUTE = struct.Struct("=BBBBBBBBI")
+
+INTERFACE_SECONDS = 10.0  # that an address is taken to be behind the same interface
+INTERFACES_KEPT = 4096
+DISTRUST_SECONDS = 60.0  # for a backend that did not answer the client's address
+
+log = logging.getLogger(__name__)
+
+
+class Transparent:
+    """Says which clients keep their address, and dresses sockets so; for one family."""
+
+    def __init__(self, family: Family, surroundings: Callable[[], Surroundings]) -> None:
+        self._family = family
+        self._surroundings = surroundings
+        self._netlink: Netlink | None = None  # while this is on
+        self._interfaces: dict[str, tuple[int, float]] = {}
+        self._distrusted: dict[Address, float] = {}
+
+    def switch_on(self) -> None:
+        """Have answers to clients delivered here; where that cannot be, say so and stay off."""
+        netlink = Netlink()
+        try:
+            install(self._family, netlink)
+        except (NfError, OSError) as error:
+            netlink.close()
+            fields = {"family": self._family, "reason": str(error)}
+            log.info("backends will see this node instead of their clients", extra=fields)
+        else:
+            self._netlink = netlink
+
+    def close(self) -> None:
+        """Dress nobody any more. What was installed stays, for who comes next."""
+        if self._netlink is not None:
+            self._netlink.close()
+            self._netlink = None
+
+    def keeps(self, action: Forward, ip: str, backend: Address, now: float) -> bool:
+        """Say whether a backend shall see the address of this client."""
+        if self._netlink is None or action.masquerade or backend.ip == ip:
+            return False
+        around = self._surroundings()
+        if not around.pods or backend.ip in around.node_ips or origin_of(ip, around) == "node":
+            return False
+        if now < self._distrusted.get(backend, now):
+            return False
+        near = self._interface(self._netlink, ip, now)
+        far = self._interface(self._netlink, backend.ip, now)
+        return 0 != near != far != 0
+
+    def distrust(self, backend: Address, now: float) -> None:
+        """Take note that a backend did not answer a client's address."""
+        if len(self._distrusted) >= INTERFACES_KEPT:
+            self._distrusted.clear()
+        self._distrusted[backend] = now + DISTRUST_SECONDS
+
+    def _interface(self, netlink: Netlink, ip: str, now: float) -> int:
+        """Return the interface that an address is behind; 0 if there is no route to it."""
+        index, until = self._interfaces.get(ip, (0, now))
+        if now < until:
+            return index
+        if len(self._interfaces) >= INTERFACES_KEPT:
+            self._interfaces.clear()
+        try:
+            index = interface_to(self._family, netlink, ip)
+        except OSError:
+            index = 0
+        self._interfaces[ip] = (index, now + INTERFACE_SECONDS)
+        return index
+
+
+def dress(sock: SocketType, ip: str) -> None:
+    """Give a socket the address of a client, with a port that is free. Raises ``OSError``."""
+    level = IPPROTO_IPV6 if sock.family == socket.AF_INET6 else IPPROTO_IP
+    sock.setsockopt(level, OPTIONS["transparent", level], 1)
+    sock.setsockopt(IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)  # free towards this backend will do
+    sock.bind((ip, 0))
+
+
+def interface_to(family: Family, netlink: Netlink, ip: str) -> int:
+    """Return the index of the interface by which packets to an address leave."""
+    kind = address_family(family)
+    body = ROUTE.pack(kind, 32 if family == 4 else 128, 0, 0, 0, 0, 0, 0, 0)
+    answer = netlink.fetch(RTM_GETROUTE, body + attribute(RTA_DST, socket.inet_pton(kind, ip)))
+    values = dict(attributes(answer, ROUTE.size))
+    return int.from_bytes(values.get(RTA_OIF, b""), "little")
+
+
+def install(family: Family, netlink: Netlink) -> None:
+    """Make the rule of nf_tables, the routing rule and its route. Raises ``NfError``, ``OSError``.
+
+    What an earlier process left is replaced.
+    """
+    table = nf_table(family)
+    nf_tables = NfTables()
+    try:
+        nf_tables.commit(
+            [
+                new_table(table),
+                delete_table(table),
+                new_table(table),
+                new_chain(table, CHAIN),
+                new_rule(table, Rule(CHAIN.name, (MatchTransparent(), SetMark(MARK)))),
+            ]
+        )
+    finally:
+        nf_tables.close()
+    flags = NLM_F_CREATE | NLM_F_EXCL
+    requests = [
+        Message(RTM_NEWROUTE, flags, route(family)),
+        Message(RTM_NEWRULE, flags, rule(family)),
+    ]
+    for code in netlink.carry_out(requests):
+        if code not in (0, errno.EEXIST):
+            remove(family)
+            raise OSError(code, errno.errorcode.get(code, "unknown error"))
+
+
+def remove(family: Family) -> str | None:
+    """Remove everything that ``install`` makes; return what went wrong."""
+    netlink = Netlink()
+    try:
+        codes = netlink.carry_out(
+            [Message(RTM_DELRULE, 0, rule(family)), Message(RTM_DELROUTE, 0, route(family))]
+        )
+    finally:
+        netlink.close()
+    problems = [errno.errorcode.get(c, str(c)) for c in codes if c not in (0, *NOT_THERE)]
+    try:
+        nf_tables = NfTables()
+    except OSError:
+        return "; ".join(problems) or None  # a kernel without nf_tables
+    try:
+        nf_tables.commit([new_table(nf_table(family)), delete_table(nf_table(family))])
+    except NfError as error:
+        if error.errno not in NO_NF_TABLES:
+            problems.append(str(error))
+    finally:
+        nf_tables.close()
+    return "; ".join(problems) or None
+
+
+NOT_THERE = (errno.ENOENT, errno.ESRCH, errno.EAFNOSUPPORT, errno.EPERM)
+NO_NF_TABLES = (errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+
+
+def nf_table(family: Family) -> Table:
+    return Table(family, TABLE_NAME, "pyproxy, mode userspace: answers to clients are ours")
+
+
+def rule(family: Family) -> bytes:
+    body = ROUTE.pack(address_family(family), 0, 0, 0, 0, 0, 0, FR_ACT_TO_TABLE, 0)
+    body += attribute(FRA_PRIORITY, struct.pack("=I", RULE_PRIORITY))
+    body += attribute(FRA_TABLE, struct.pack("=I", ROUTES))
+    body += attribute(FRA_FWMARK, struct.pack("=I", MARK))
+    body += attribute(FRA_FWMASK, struct.pack("=I", MARK))
+    return body + attribute(FRA_PROTOCOL, bytes([PROTOCOL]))
+
+
+def route(family: Family) -> bytes:
+    scope = RT_SCOPE_HOST if family == 4 else 0
+    body = ROUTE.pack(address_family(family), 0, 0, 0, 0, PROTOCOL, scope, RTN_LOCAL, 0)
+    body += attribute(RTA_TABLE, struct.pack("=I", ROUTES))
+    return body + attribute(RTA_OIF, struct.pack("=I", socket.if_nametoindex("lo")))
+
+
+def address_family(family: Family) -> int:
+    return socket.AF_INET if family == 4 else socket.AF_INET6

@@ -1,0 +1,125 @@
+"""Two TCP sockets that the relay joins: whatever each side says, the other hears, and no more."""
+
+import asyncio
+import os
+import socket
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyproxy.proxier import _relay
+from pyproxy.proxier._poller import Poller
+from pyproxy.proxier._relay import READS, Connection
+from pyproxy.proxier._splice import Pipes
+
+SIZES = st.sampled_from(
+    [0, 1, 64, 1500, _relay.SMALL - 1, _relay.SMALL, _relay.SMALL + 1, 100_000, 3_000_000]
+)
+SCRIPT = st.lists(st.tuples(SIZES, st.booleans()), max_size=6)  # what to say; then let others run
+NOISE = os.urandom(3_000_000)
+
+
+def pair():
+    """Two ends of a TCP connection; the relay's is the first."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        far = socket.create_connection(server.getsockname())
+        near, _ = server.accept()
+    return socket.SocketType(near.family, near.type, 0, near.detach()), far
+
+
+class Recorded(Connection):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.over = asyncio.Event()
+
+    def closed(self):
+        self.over.set()
+
+
+@asynccontextmanager
+async def joined(pipes):
+    """The outer ends of two connections whose inner ends are joined."""
+    poller, pool = Poller(), Pipes(pipes)
+    (near, client), (far, backend) = pair(), pair()
+    connection = Recorded(poller, pool, near, far)
+    for side in (connection.near, connection.far):
+        poller.add(side.fd, READS, side)
+    try:
+        yield client, backend, connection
+    finally:
+        if not connection.over.is_set():
+            connection.abort()
+        pool.close()
+        poller.close()
+        client.close()
+        backend.close()
+
+
+async def speaks(sock, script):
+    """Say what the script has, end, and return all that is heard."""
+    reader, writer = await asyncio.open_connection(sock=sock)
+    hearing = asyncio.ensure_future(reader.read())  # noqa: TID251 - awaited below
+    for size, pauses in script:
+        writer.write(NOISE[:size])
+        if pauses:
+            await writer.drain()
+            await asyncio.sleep(0)
+    writer.write_eof()
+    heard = await hearing
+    writer.close()
+    return heard
+
+
+@pytest.mark.parametrize("pipes", [0, 8], ids=["by copy", "by splice"])
+@settings(max_examples=25, deadline=None)
+@given(SCRIPT, SCRIPT)
+def test_each_side_hears_all_that_the_other_says_and_its_end(pipes, ours, theirs):
+    async def run():
+        async with asyncio.timeout(20), joined(pipes) as (client, backend, connection):
+            heard = await asyncio.gather(speaks(client, ours), speaks(backend, theirs))
+            await connection.over.wait()
+            return heard
+
+    wanted = [b"".join(NOISE[:size] for size, _ in said) for said in (theirs, ours)]
+    assert asyncio.run(run()) == wanted
+
+
+@pytest.mark.parametrize("pipes", [0, 8], ids=["by copy", "by splice"])
+async def test_a_reset_is_passed_on_while_the_other_side_takes_nothing(pipes):
+    async with joined(pipes) as (client, backend, connection):
+        client.setblocking(False)
+        await fill(client)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _relay.LINGER_RESET)
+        client.close()
+        await connection.over.wait()
+        with pytest.raises(ConnectionResetError):
+            drain(backend)
+
+
+@pytest.mark.parametrize("pipes", [0, 8], ids=["by copy", "by splice"])
+async def test_an_answer_arrives_that_was_given_before_a_reset(pipes):
+    """A server may answer, and close without having read all: its kernel resets."""
+    async with joined(pipes) as (client, backend, connection):
+        client.setblocking(False)
+        await fill(client)
+        backend.send(b"too large")
+        backend.close()
+        await connection.over.wait()
+        assert client.recv(100) == b"too large"
+
+
+def drain(sock):
+    while sock.recv(1 << 20):
+        pass
+
+
+async def fill(sock):
+    """Write until nothing is taken any more."""
+    for _ in range(20):
+        try:
+            while True:
+                sock.send(NOISE)
+        except BlockingIOError:
+            await asyncio.sleep(0.01)

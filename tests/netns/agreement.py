@@ -1,0 +1,163 @@
+"""Asks every frontend from everywhere, and holds what comes back against ``pyproxy explain``.
+
+A program of its own, as it cannot leave its namespaces: ``python -m tests.netns.agreement MODE``
+prints the disagreements as JSON, and what the commands said.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+from tempfile import TemporaryDirectory
+
+from pyproxy.commands._ask import Daemon
+from pyproxy.demo.cluster import NODES
+from pyproxy.demo.expect import HERE, ORIGINS
+from pyproxy.demo.traffic import ask
+from pyproxy.explain import Explanation
+from pyproxy.listing import Routes, Verification
+from pyproxy.model import Address
+from tests.netns.stage import folder_of, isolated, staged
+
+REQUESTS = 12
+SILENCE_SECONDS = 0.5
+NODE_IP = NODES[0].machine.ips[0]
+BEYOND = {"timed out"}, {"unreachable"}  # the lab has no load balancer
+RESULTS = {
+    "forward": ({"ok"},),
+    "reject": ({"refused"},),
+    "drop": ({"timed out"},),
+    "pass": BEYOND,
+}
+
+
+async def compared(stage):
+    """Return what explain and the traffic disagree about, and how many connections were made."""
+    daemon = Daemon(str(stage.socket))
+    routes = await asyncio.to_thread(daemon.ask, "routes", Routes, {})
+    disagreements, count = [], 0
+    for row in routes.items:
+        where = destination(row.frontend)
+        for origin in ORIGINS:
+            sender = next(iter(sorted(ip for ip in origin.ips if (":" in ip) == (":" in where.ip))))
+            query = {"from": sender, "to": str(where)}
+            answer = await asyncio.to_thread(daemon.ask, "explain", Explanation, query)
+            case = answer.frontends[0].cases[0]
+            requests = REQUESTS if case.action == "forward" else 2
+            replies = [
+                await ask(stage.lab.socket(origin.namespace, where.ip), where, SILENCE_SECONDS)
+                for _ in range(requests)
+            ]
+            count += requests
+            told = {"asked": f"{origin.name} {where}", "case": case.action, "reason": case.reason}
+            disagreements += [told | {"wrong": text} for text in wrong(case, origin, replies)]
+    return disagreements, count
+
+
+def wrong(case, origin, replies):
+    results = {reply.result for reply in replies}
+    if results not in RESULTS[case.action]:
+        yield f"came back: {sorted(results)}"
+    pods = {share.pod for share in case.endpoints if share.probability}
+    if not {reply.pod for reply in replies if reply.pod} <= pods:
+        yield f"answered: {sorted({reply.pod for reply in replies})}, not only {sorted(pods)}"
+    seen = {reply.client for reply in replies if reply.client}
+    allowed = HERE.ips if case.masquerade else origin.ips
+    if not seen <= allowed:
+        yield f"seen as {sorted(seen)}, masquerade {case.masquerade}"
+
+
+def destination(frontend):
+    where = frontend.partition("/")[0]
+    host, _, port = where.rpartition(":")
+    return Address(NODE_IP if host == "node" else host.strip("[]"), int(port))
+
+
+async def verdicts(stage):
+    daemon = Daemon(str(stage.socket))
+    routes = await asyncio.to_thread(daemon.ask, "routes", Routes, {})
+    found = {}
+    for name in sorted({f"{row.namespace}/{row.service}" for row in routes.items}):
+        answer = await asyncio.to_thread(daemon.ask, "verify", Verification, {"service": name})
+        found[name] = [
+            (f.family, f.verdict, [(d.entry, d.wanted, d.held) for d in f.differences], f.problem)
+            for f in answer.families
+        ]
+    return found
+
+
+WORDS = {
+    "services": ("get", "services"),
+    "apart": ("explain", "service/shop/apart"),
+    "nobody": ("explain", "service/default/nobody-home"),
+    "inner": ("explain", "service/shop/inner"),
+    "fenced": ("explain", "--from", "192.0.2.50", "--to", "198.18.0.21:80"),
+    "proxied": ("explain", "--from", "pod/default/nginx-1", "--to", "198.18.0.22:80"),
+    "heads": ("explain", "service/default/heads"),
+    "conflicts": ("get", "conflicts"),
+    "endpoints": ("get", "endpoints", "shop/apart"),
+    "routes": ("get", "routes"),
+    "wait": ("wait", "service/shop/apart", "--for=programmed"),
+    "wait for two": ("wait", "service/shop/apart", "--for=endpoints=2", "--timeout=300ms"),
+    "wait for nothing": ("wait", "service/shop/never", "--for=absent"),
+    "json": ("explain", "service/shop/apart", "-o", "json"),
+}
+
+
+async def changed(stage):
+    """Change manifests while ``wait`` waits; return how it ended."""
+    extra = stage.manifests / "extra.yaml"
+    text = extra.read_text()
+    async with asyncio.TaskGroup() as tasks:
+        words = ("wait", "service/shop/apart", "--for=absent", "--timeout=20s")
+        waiting = tasks.create_task(stage.command(*words))
+        await asyncio.sleep(0.5)
+        extra.write_text(text.partition("---\n")[2].partition("---\n")[2])
+    gone = waiting.result()
+    extra.write_text(text)
+    back = await stage.command("wait", "service/shop/apart", "--for=endpoints=1", "--timeout=20s")
+    return {"gone": gone, "back": back}
+
+
+async def tampered(stage, mode):
+    """Break one thing behind the proxy's back, and return what explain says of it at once."""
+    with stage.lab.inside(NODES[0].name):
+        break_in(mode)
+    return await stage.command("explain", "service/shop/apart")
+
+
+def break_in(mode):
+    for words in BREAKS[mode]:
+        with subprocess.Popen(words) as process:
+            assert process.wait() == 0, words
+
+
+BREAKS = {  # mode nftables mends itself at once: its tests look without a daemon
+    "nftables": [],
+    "iptables": [("ipset", "del", "PYPROXY-CLUSTER-IPS", "10.96.0.20,tcp:80")],
+    "userspace": [("ip", "route", "del", "local", "10.96.0.20", "table", "local")],
+}
+
+
+async def told(lab, mode, folder):
+    async with staged(lab, folder, mode) as stage:
+        await stage.command("wait", "service/default/weighted")
+        disagreements, count = await compared(stage)
+        return {
+            "disagreements": disagreements,
+            "count": count,
+            "verdicts": await verdicts(stage),
+            "commands": {name: await stage.command(*words) for name, words in WORDS.items()},
+            "waited": await changed(stage),
+            "tampered": await tampered(stage, mode),
+        }
+
+
+def main(mode):
+    lab = isolated()
+    with TemporaryDirectory(prefix="pyproxy-see-") as folder:
+        print(json.dumps(asyncio.run(told(lab, mode, folder_of(folder)))))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

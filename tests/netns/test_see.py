@@ -1,0 +1,91 @@
+"""``explain`` and real traffic agree, in each mode; the other commands against a real daemon."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.root
+
+LIMIT_SECONDS = 240
+WIDTH = 100
+# Mode ipvs needs a kernel that has it: see tests/netns/test_ipvs*.
+MODES = ("nftables", "iptables", "userspace")
+
+
+@pytest.fixture(scope="module", params=MODES)
+def told(request):
+    """What the program found out in a mode."""
+    words = [sys.executable, "-m", "tests.netns.agreement", request.param]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as process:
+        output, errors = process.communicate(timeout=LIMIT_SECONDS)
+    if process.returncode and "Unavailable" in errors and not os.environ.get("CI"):
+        pytest.skip(errors.strip().splitlines()[-1])
+    assert process.returncode == 0, errors
+    return json.loads(output) | {"mode": request.param}
+
+
+def test_explain_and_traffic_agree(told):
+    assert told["disagreements"] == []
+    assert told["count"] > 400
+
+
+def test_the_kernel_or_our_sockets_hold_what_was_written(told):
+    assert len(told["verdicts"]) > 8
+    verdicts = {f"{name} {f[0]}": f[1:] for name, found in told["verdicts"].items() for f in found}
+    assert {name: found for name, found in verdicts.items() if found[0] != "agrees"} == {}
+
+
+def test_every_command_succeeds_but_the_wait_for_what_never_comes(told):
+    codes = {name: code for name, (code, _, _) in told["commands"].items()}
+    assert codes == dict.fromkeys(codes, 0) | {"wait for two": 1}
+    errors = told["commands"]["wait for two"][2]
+    assert errors == "pyproxy: wait: after 0.3 s port 80/TCP leads to 1, not 2\n"
+
+
+def test_text_fits_a_terminal(told):
+    texts = [output for name, (_, output, _) in told["commands"].items() if name != "json"]
+    assert max(len(line) for text in texts for line in text.splitlines()) <= WIDTH
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("apart", "externalTrafficPolicy: Local and no ready endpoint on node-1; endpoints exist"),
+        ("inner", "internalTrafficPolicy: Local and no ready endpoint on node-1; endpoints exist"),
+        ("nobody", "selector app=typo matches no ready pod"),
+        ("fenced", "client 192.0.2.50 is outside loadBalancerSourceRanges 203.0.113.0/24"),
+        ("proxied", "198.18.0.22 has ipMode Proxy, so this node leaves it to the load balancer"),
+        ("heads", "clusterIP: None (headless)"),
+        ("conflicts", "198.18.0.10:80/TCP of default/rival is taken by default/my-nginx-svc"),
+    ],
+)
+def test_the_object_and_field_that_decided_are_named(told, command, sentence):
+    assert sentence in " ".join(told["commands"][command][1].split())
+
+
+def test_wait_sees_a_service_go_and_come_back(told):
+    assert [told["waited"][name][0] for name in ("gone", "back")] == [0, 0]
+
+
+def test_explain_tells_what_somebody_else_has_changed(told):
+    code, output, errors = told["tampered"]
+    assert (code, errors) == (0, "")
+    expected = {
+        "nftables": "agreed with the kernel",  # nothing was broken
+        "iptables": "NOT AS WRITTEN in the kernel, 1 of",
+        "userspace": "NOT AS WRITTEN in our sockets, 1 of",
+    }
+    assert expected[told["mode"]] in output
+
+
+def test_the_page_of_the_commands_shows_what_they_say_now():
+    words = [sys.executable, "-m", "docs.make_commands", "--check"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
+    if b"Unavailable" in output and not os.environ.get("CI"):
+        pytest.skip(output.decode().strip().splitlines()[-1])
+    assert (process.returncode, output) == (0, b""), "make commands rewrites it"
