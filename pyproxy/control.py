@@ -11,18 +11,22 @@ from typing import IO, Final
 
 import msgspec
 from aiohttp import web
+from msgspec.structs import replace
 
 from pyproxy import __version__
 from pyproxy.debug import sent
 from pyproxy.health import JSON_HEADERS, rfc3339
 from pyproxy.health import Answer as HttpAnswer
 from pyproxy.http import Responder
-from pyproxy.questions import QUESTIONS, VERSION
-from pyproxy.view import Answer, Complaint, NotThereError, Query, QueryError, View
+from pyproxy.questions import QUESTIONS, SHEETS, VERSION, Sheet
+from pyproxy.view import Answer, Complaint, NotThereError, Query, QueryError, View, asked_services
 
 DEFAULT_SOCKET: Final = "/run/pyproxy/pyproxy.sock"
 AGAIN_SECONDS: Final = 5.0  # until a path that another process has is tried again
 
+PASS_SECONDS: Final = 0.005  # one pass on the event loop
+
+encode: Final = msgspec.json.encode
 log = logging.getLogger(__name__)
 
 LiveQuestion = Callable[[Query], Awaitable[Answer]]
@@ -88,20 +92,38 @@ class Control:
         try:
             return json(200, await self._answer(request.path, dict(request.query)))
         except QueryError as error:
-            return json(400, Complaint(str(error)))
+            return json(400, encode(Complaint(str(error))))
         except NotThereError as error:
-            return json(404, Complaint(str(error)))
+            return json(404, encode(Complaint(str(error))))
 
-    async def _answer(self, path: str, query: Query) -> Answer:
+    async def _answer(self, path: str, query: Query) -> bytes:
         name = path.removeprefix(f"/{VERSION}/")
         if name == "about":
-            return about(self._view(), self._started_at)
+            return encode(about(self._view(), self._started_at))
         if name in self._live:
-            return await self._live[name](query)
+            return encode(await self._live[name](query))
+        if name in SHEETS:
+            return await patiently(SHEETS[name], self._view(), query)
         if name not in QUESTIONS:
             known = ", ".join(["about", *QUESTIONS, *self._live])
             raise NotThereError(f"{path}: there is /{VERSION}/ and one of {known}")
-        return QUESTIONS[name].answer(self._view(), query)
+        return encode(QUESTIONS[name](self._view(), query))
+
+
+async def patiently(sheet: Sheet, view: View, query: Query) -> bytes:
+    """Return the JSON of a sheet, made in small steps: connections are served in between.
+
+    A Service may change meanwhile; each row is as things were when it was made.
+    """
+    now = asyncio.get_running_loop().time
+    resumed_at = now()
+    rows: list[msgspec.Raw] = []
+    for service in asked_services(view, query):
+        rows += [msgspec.Raw(encode(row)) for row in sheet.rows(view, service)]
+        if now() - resumed_at > PASS_SECONDS:
+            await asyncio.sleep(0)
+            resumed_at = now()
+    return encode(replace(sheet.whole(view, ()), items=tuple(rows)))
 
 
 def about(view: View, started_at: float) -> About:
@@ -109,8 +131,8 @@ def about(view: View, started_at: float) -> About:
     return About(view.node, view.mode, __version__, os.getpid(), rfc3339(started_at), families)
 
 
-def json(status: int, answer: Answer) -> web.Response:
-    return sent(HttpAnswer(status, JSON_HEADERS, msgspec.json.encode(answer) + b"\n"))
+def json(status: int, body: bytes) -> web.Response:
+    return sent(HttpAnswer(status, JSON_HEADERS, body + b"\n"))
 
 
 def locked(path: Path) -> IO[bytes]:

@@ -1,6 +1,6 @@
 """What is programmed: Services, endpoints, routes and conflicts, as rows. ``pyproxy get``."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import field
 
@@ -21,7 +21,7 @@ from pyproxy.model import (
 from pyproxy.progress import Progress
 from pyproxy.services import why_no_ports
 from pyproxy.topology import is_local
-from pyproxy.view import Answer, FamilyView, Query, QueryError, View, asked_service, asked_services
+from pyproxy.view import Answer, FamilyView, Query, QueryError, View, asked_service
 
 
 class SliceVersion(Answer, frozen=True):
@@ -76,16 +76,8 @@ class Services(Answer, frozen=True):
     errors: tuple[str, ...] = ()  # of the last sync of each family, if it failed
 
 
-def services(view: View, query: Query) -> Services:
-    """Return each Service with its ports. Raises ``NotThereError`` for one that is not there."""
-    found = asked_services(view, query)
-    return Services(
-        node=view.node,
-        mode=view.mode,
-        items=tuple(service_status(view, service) for service in found),
-        applied=tuple(applied(view)),
-        errors=tuple(errors(view)),
-    )
+def services(view: View, items: Sequence[ServiceStatus]) -> Services:
+    return Services(view.node, view.mode, tuple(items), tuple(applied(view)), tuple(errors(view)))
 
 
 class Status(Answer, frozen=True):
@@ -102,13 +94,8 @@ def status(view: View, query: Query) -> Status:
     if name is None:
         raise QueryError("status: it needs a service")
     known = view.families[0].cache.services().get(name) if view.families else None
-    leaving = {
-        owner
-        for family in view.families
-        for owner in family.owners()
-        if owner.service_name == name and family.cache.port(owner) is None
-    }
-    item = service_status(view, known) if known is not None else None
+    leaving = [o for f in view.families for o in f.leaving() if o.service_name == name]
+    (item,) = service_rows(view, known) if known is not None else (None,)
     return Status(view.node, item, len(leaving), tuple(errors(view)))
 
 
@@ -126,9 +113,9 @@ def applied(view: View) -> Iterator[Applied]:
                 yield Applied(family.family, kind, version)
 
 
-def service_status(view: View, service: Service) -> ServiceStatus:
+def service_rows(view: View, service: Service) -> Iterator[ServiceStatus]:
     ips = (service.cluster_ip4, service.cluster_ip6)
-    return ServiceStatus(
+    yield ServiceStatus(
         namespace=service.name.namespace,
         name=service.name.name,
         type=service.type,
@@ -213,16 +200,16 @@ class Endpoints(Answer, frozen=True):
     items: tuple[EndpointRow, ...]
 
 
-def endpoints(view: View, query: Query) -> Endpoints:
-    rows = (
-        endpoint_row(family, port, endpoint, used)
-        for service in asked_services(view, query)
-        for family in view.families
-        for port in family.cache.ports(service.name)
-        for used in (used_by(family, port),)
-        for endpoint in family.cache.endpoints(port.name)
-    )
-    return Endpoints(view.node, tuple(rows))
+def endpoint_rows(view: View, service: Service) -> Iterator[EndpointRow]:
+    for family in view.families:
+        for port in family.cache.ports(service.name):
+            used = used_by(family, port)
+            for endpoint in family.cache.endpoints(port.name):
+                yield endpoint_row(family, port, endpoint, used)
+
+
+def endpoints(view: View, items: Sequence[EndpointRow]) -> Endpoints:
+    return Endpoints(view.node, tuple(items))
 
 
 def used_by(family: FamilyView, port: ServicePort) -> set[object]:
@@ -267,6 +254,7 @@ class RouteRow(Answer, frozen=True):
     port: str
     frontend: str
     kind: str
+    family: int
     from_pod: str
     from_node: str
     from_outside: str
@@ -279,17 +267,18 @@ class Routes(Answer, frozen=True):
 
     node: str
     items: tuple[RouteRow, ...]
+    mode: str = ""
 
 
-def routes(view: View, query: Query) -> Routes:
-    rows = (
-        route_row(family, plan, route)
-        for service in asked_services(view, query)
-        for family in view.families
-        for plan in family.ports(service.name)
-        for route in plan.routes
-    )
-    return Routes(view.node, tuple(rows))
+def route_rows(view: View, service: Service) -> Iterator[RouteRow]:
+    for family in view.families:
+        for plan in family.ports(service.name):
+            for route in plan.routes:
+                yield route_row(family, plan, route)
+
+
+def routes(view: View, items: Sequence[RouteRow]) -> Routes:
+    return Routes(view.node, tuple(items), view.mode)
 
 
 def route_row(family: FamilyView, plan: PortPlan, route: Route) -> RouteRow:
@@ -300,6 +289,7 @@ def route_row(family: FamilyView, plan: PortPlan, route: Route) -> RouteRow:
         port=plan.owner.port,
         frontend=str(route.frontend),
         kind=route.kind,
+        family=family.family,
         from_pod=action_text(route.from_pod),
         from_node=action_text(route.from_node),
         from_outside=action_text(route.from_outside),
@@ -341,19 +331,19 @@ class Conflicts(Answer, frozen=True):
     items: tuple[Conflict, ...]
 
 
-def conflicts(view: View, query: Query) -> Conflicts:
-    name = asked_service(query)
-    namespace = query.get("namespace", "")
-    rows: list[Conflict] = []
+def conflict_rows(view: View, service: Service) -> Iterator[Conflict]:
     for family in view.families:
-        for owner in sorted(family.owners()):
-            if name not in (None, owner.service_name) or namespace not in ("", owner.namespace):
-                continue
-            refused = family.progress.refusals(owner) if family.progress is not None else ()
-            lost = family.plan.conflicts.get(owner, ())
-            rows += [Conflict(*owner[:3], "conflict", text) for text in lost]
-            rows += [Conflict(*owner[:3], "refused", text) for text in refused]
-    return Conflicts(view.node, tuple(rows))
+        for port in family.cache.ports(service.name):
+            where = port.name[:3]
+            for text in family.plan.conflicts.get(port.name, ()):
+                yield Conflict(*where, "conflict", text)
+            refused = family.progress.refusals(port.name) if family.progress is not None else ()
+            for text in refused:
+                yield Conflict(*where, "refused", text)
+
+
+def conflicts(view: View, items: Sequence[Conflict]) -> Conflicts:
+    return Conflicts(view.node, tuple(items))
 
 
 # --- what is really there -------------------------------------------------------------------------

@@ -66,9 +66,9 @@ class Progress:
             return "pending"
         return "refused" if owner in self._refused else "programmed"
 
-    def owners(self) -> Owners:
-        """Return all owners that may be written, also those whose removal is still to come."""
-        return self._since.keys() | self._unwritten | self._noted
+    def awaited(self) -> Owners:
+        """Return the owners that are still to be written, or whose removal is."""
+        return self._unwritten | self._noted
 
     def refusals(self, owner: ServicePortName) -> tuple[str, ...]:
         """Return what of an owner this node cannot serve, and why."""

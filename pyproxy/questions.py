@@ -3,40 +3,39 @@
 A daemon answers them on its socket, and a command that is given files answers them itself.
 """
 
-from collections.abc import Mapping
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 from pyproxy import explain, listing
-from pyproxy.view import Answer, Question
+from pyproxy.model import Service
+from pyproxy.view import Answer, Query, Question, View, asked_services
 
 VERSION: Final = "v1"
 
 
-class Entry(NamedTuple):
-    """How a question is answered, and by what; ``parameters`` are those of its query."""
+class Sheet(NamedTuple):
+    """A question about all Services, or some: the rows of each, and the answer around them.
 
-    answer: Question
-    type: type[Answer]
-    parameters: tuple[str, ...]
-    help: str
+    There may be very many rows: who must not keep others waiting makes them little by little.
+    """
+
+    rows: Callable[[View, Service], Iterable[Answer]]
+    whole: Callable[[View, Sequence[Any]], Answer]  # its field ``items`` has the rows
+
+    def answer(self, view: View, query: Query) -> Answer:
+        services = asked_services(view, query)
+        return self.whole(view, [row for service in services for row in self.rows(view, service)])
 
 
-FILTER = ("service", "namespace")
-
-QUESTIONS: Final[Mapping[str, Entry]] = {
-    "services": Entry(listing.services, listing.Services, FILTER, "how far each Service is"),
-    "status": Entry(
-        listing.status, listing.Status, ("service",), "how far one Service is, there or not"
-    ),
-    "endpoints": Entry(listing.endpoints, listing.Endpoints, FILTER, "endpoints, and which serve"),
-    "routes": Entry(listing.routes, listing.Routes, FILTER, "frontends, and what they do"),
-    "conflicts": Entry(
-        listing.conflicts, listing.Conflicts, FILTER, "what Services ask for and do not get"
-    ),
-    "explain": Entry(
-        explain.explain,
-        explain.Explanation,
-        ("service", "from", "to"),
-        "what becomes of connections, and why",
-    ),
+# The parameters of a sheet are service=NAMESPACE/NAME and namespace=NAME.
+SHEETS: Final[Mapping[str, Sheet]] = {
+    "services": Sheet(listing.service_rows, listing.services),
+    "endpoints": Sheet(listing.endpoint_rows, listing.endpoints),
+    "routes": Sheet(listing.route_rows, listing.routes),
+    "conflicts": Sheet(listing.conflict_rows, listing.conflicts),
+}
+OTHERS: Final[Mapping[str, Question]] = {"status": listing.status, "explain": explain.explain}
+QUESTIONS: Final[Mapping[str, Question]] = {
+    **{name: sheet.answer for name, sheet in SHEETS.items()},
+    **OTHERS,
 }

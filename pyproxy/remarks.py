@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pyproxy.model import Address, Proto, Service
+from pyproxy.model import Proto, Service
 from pyproxy.reasons import listed
 from pyproxy.services import why_no_ports
 from pyproxy.topology import is_local
@@ -35,11 +35,10 @@ def owner_of(
 ) -> tuple[Service | None, str]:
     """Return whose address a destination without a route is, and why it has none."""
     for service in family.cache.services().values():
-        for address, reason in not_ours(view, service):
-            if address == ip:
-                return service, reason
-    for service in family.cache.services().values():
         if ip in own_addresses(service):
+            for address, reason in not_ours(view, service):
+                if address == ip:
+                    return service, reason
             served = [f"{p.port}/{p.name.proto}" for p in family.cache.ports(service.name)]
             return service, (
                 f"{ip} is of Service {service.name}, which has no port {port}/{proto}: "
@@ -59,10 +58,9 @@ def nobody(family: FamilyView, ip: str, port: int, proto: Proto) -> str:
     """Say why an address that no Service has is not served."""
     if ip not in family.around.node_ips:
         for service in family.cache.services():
-            for owner_port in family.cache.ports(service):
-                for endpoint in family.cache.endpoints(owner_port.name):
-                    if endpoint.address == Address(ip, port):
-                        return f"{ip}:{port} is an endpoint of Service {service}, not a frontend"
+            for part in family.cache.slices(service):
+                if any(e.address == (ip, port) for found in part.endpoints.values() for e in found):
+                    return f"{ip}:{port} is an endpoint of Service {service}, not a frontend"
         return f"no Service has the address {ip}"
     taken = any(
         p.node_port == port and p.name.proto == proto

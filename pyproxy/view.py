@@ -51,10 +51,10 @@ class FamilyView(NamedTuple):
     def state(self, owner: ServicePortName) -> State | None:
         return self.progress.state(owner) if self.progress is not None else None
 
-    def owners(self) -> Owners:
-        """Return all owners there are, and those whose removal is still to be written."""
-        known = set(self.cache.owners())
-        return known | self.progress.owners() if self.progress is not None else known
+    def leaving(self) -> Owners:
+        """Return the owners that are no more, and whose removal is still to be written."""
+        awaited = self.progress.awaited() if self.progress is not None else set()
+        return {owner for owner in awaited if self.cache.port(owner) is None}
 
 
 class View(NamedTuple):
@@ -65,6 +65,7 @@ class View(NamedTuple):
     families: tuple[FamilyView, ...]
     allow_external_ips: bool = True
     cloud: str = ""  # whose annotations count
+    keeps_client_address: bool = True  # mode userspace: where answers come back by this node
 
     def service(self, name: ObjectName) -> Service:
         """Return a Service. Raises ``NotThereError``."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from pyproxy.balancer import Picker
-from pyproxy.config import Config, node_port_cidrs, with_setting
+from pyproxy.config import Config, node_port_cidrs, sync_periods, with_setting
 from pyproxy.delta import Delta
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
@@ -62,7 +62,9 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 
 def build(env: Env) -> Proxier:
-    target = Balanced(env, Frontends(env))
+    frontends = Frontends(env)
+    target = Balanced(env, frontends)
+    env.tasks.create_task(watch(frontends, env), name=f"watch routes IPv{env.family}")
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
@@ -87,6 +89,17 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
         problems.append(f"cannot remove the rules of the capture: {error.strerror}")
     problem = transparent.remove(family)
     return "; ".join([*problems, *([problem] if problem else [])]) or None
+
+
+async def watch(frontends: "Frontends", env: Env) -> None:
+    """Have local routes made again that others removed, for ever."""
+    period, _ = sync_periods(env.config, "userspace")
+    while True:
+        await asyncio.sleep(period)
+        lost = frontends.lost_routes()
+        if lost:
+            env.drifted("local", lost, "somebody")
+            env.resync()
 
 
 class Frontends:
@@ -171,6 +184,15 @@ class Frontends:
         await self._succession.begin(self._tcp.take_over)
         return refused
 
+    def lost_routes(self) -> int:
+        """Return how many of our routes others removed; none where nobody can tell."""
+        if self._vips is None:
+            return 0
+        try:
+            return len(self._local - self._vips.listed())
+        except OSError:
+            return 0  # the next sync will say so
+
     async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
         """Look at our sockets, and at the kernel's local routes. Raises ``ApplyError``."""
         assert self._vips is not None, "what was written was adopted before"
@@ -208,9 +230,9 @@ class Frontends:
             log.info("closing connections", extra={"open": self._tcp.open_count})
         self._tcp.close_all()
         self._udp.close_all()
-        for part in (self._transparent, self._vips, self._bypass):
-            if part is not None:
-                part.close()
+        for opened in (self._transparent, self._vips, self._bypass):
+            if opened is not None:
+                opened.close()
 
     async def _retire(self) -> list[Given]:
         """Let nobody in any more; return the connections that there are, for a successor."""

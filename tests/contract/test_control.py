@@ -18,6 +18,7 @@ from pyproxy.control import About, Control
 from pyproxy.listing import Services
 from pyproxy.model import Endpoint, Replace
 from pyproxy.plan import Planner
+from pyproxy.questions import QUESTIONS, SHEETS
 from pyproxy.rules.listeners import Surroundings
 from pyproxy.view import FamilyView, View
 from tests.builders import SITE, address, endpoint_slice, service
@@ -151,3 +152,13 @@ async def test_a_file_of_somebody_is_left_alone(path, caplog):
     async with serving(path):
         assert (await told_of(caplog)).reason == "Address already in use"
     assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", SHEETS)
+async def test_a_sheet_made_in_steps_says_what_one_made_at_once_does(path, name, monkeypatch):
+    monkeypatch.setattr(control, "PASS_SECONDS", 0.0)
+    whole = QUESTIONS[name](view(), {})
+    async with serving(path):
+        await answering(path)
+        assert await asked(path, name, type(whole)) == whole
+        assert (await asked(path, name, type(whole), namespace="elsewhere")).items == ()

@@ -80,6 +80,6 @@ def test_an_owner_that_leaves_is_known_until_that_is_written():
     progress = begun()
     progress.noted({WEB})
     progress.planned({WEB}, {})
-    assert progress.owners() == {WEB, API}
+    assert progress.awaited() == {WEB}
     progress.synced(report(200.0), {API: None})
-    assert progress.owners() == {API}
+    assert progress.awaited() == set()

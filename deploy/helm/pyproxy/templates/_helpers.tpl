@@ -26,10 +26,14 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   "nftables" (list "NET_ADMIN")
   "iptables" (list "NET_ADMIN" "NET_RAW")
   "ipvs" (list "NET_ADMIN")
-  "userspace" (list "NET_ADMIN" "NET_BIND_SERVICE" "BPF") }}
+  "userspace" (list "NET_ADMIN" "NET_BIND_SERVICE" "BPF" "PERFMON") }}
 {{- $found := get $byMode .Values.mode }}
 {{- if not $found }}{{ fail (printf "mode: %s is none of nftables, iptables, ipvs and userspace" .Values.mode) }}{{ end }}
 {{- if .Values.fromIptablesLegacy }}{{ $found = append $found "NET_RAW" | uniq }}{{ end }}
+{{- if .Values.socketLB.enabled }}
+{{- if ne .Values.mode "userspace" }}{{ fail "socketLB: it is part of mode userspace" }}{{ end }}
+{{- $found = append $found "SYS_ADMIN" }}
+{{- end }}
 {{- toYaml $found }}
 {{- end }}
 
@@ -38,6 +42,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- $own := dict "apiVersion" "kubeproxy.config.k8s.io/v1alpha1" "kind" "KubeProxyConfiguration" "mode" .Values.mode }}
 {{- if ne (get .Values.config "mode" | default .Values.mode) .Values.mode }}{{ fail "config.mode: set mode instead, which the capabilities follow" }}{{ end }}
 {{- if .Values.serviceMonitor.enabled }}{{ $_ := set $own "metricsBindAddress" "0.0.0.0:10249" }}{{ end }}
+{{- if .Values.socketLB.enabled }}{{ $_ := set $own "userspace" (dict "cgroup" "/host/cgroup") }}{{ end }}
 {{- toYaml (mergeOverwrite $own .Values.config) }}
 {{- end }}
 
