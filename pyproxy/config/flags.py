@@ -20,7 +20,8 @@ from pyproxy.config import (
 from pyproxy.config import file as config_file
 from pyproxy.config.file import Loaded
 from pyproxy.config.flags_kinds import BOOL, DURATION, Flag, Value
-from pyproxy.config.flags_table import FLAGS, GROUPS, LOGGING, SHORT
+from pyproxy.config.flags_logging import LOGGING
+from pyproxy.config.flags_table import FLAGS, GROUPS, SHORT
 from pyproxy.config.text import ConfigError, did_you_mean, duration_text, with_port
 
 _USAGE: Final = (
