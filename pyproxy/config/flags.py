@@ -33,7 +33,7 @@ _USAGE: Final = (
     ("pyproxy get WHAT", "what is programmed, at which version"),
     ("pyproxy explain SERVICE", "what becomes of connections to it, and why"),
     ("pyproxy wait SERVICE", "return once it is programmed"),
-    ("pyproxy diff", "what differs in the kernel, or would with other settings"),
+    ("pyproxy diff", "what differs, or would with other settings"),
     ("pyproxy audit", "compare with the kernel now, and put it right"),
 )
 _HELP_COLUMN: Final = 30
