@@ -32,6 +32,7 @@ _USAGE: Final = (
     ("pyproxy get WHAT", "what is programmed, at which version"),
     ("pyproxy explain SERVICE", "what becomes of connections to it, and why"),
     ("pyproxy wait SERVICE", "return once it is programmed"),
+    ("pyproxy doctor", "what is wrong with this node, and what to do"),
 )
 _HELP_COLUMN: Final = 30
 
