@@ -17,8 +17,9 @@ from pyproxy.config.flags import Options, parse
 from pyproxy.config.text import did_you_mean
 from pyproxy.doctor.facts import Facts, Finding, Served
 from pyproxy.doctor.findings import Report, findings
-from pyproxy.doctor.look import quickly, thoroughly
+from pyproxy.doctor.look import quickly
 from pyproxy.doctor.look_api import server
+from pyproxy.doctor.look_closer import thoroughly
 from pyproxy.doctor.setup import Setup
 from pyproxy.kube.access import SourceError
 from pyproxy.listing import Routes

@@ -10,6 +10,7 @@ from pyproxy.model import Family, Frontend, Network
 from pyproxy.view import Answer
 
 Severity = Literal["error", "warning", "note"]
+Kind = Literal["nat", "drop"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
@@ -78,7 +79,7 @@ class Barrier(NamedTuple):
     family: Family
     hook: str  # prerouting, input, output
     priority: int
-    kind: Literal["nat", "drop"]
+    kind: Kind
     limits: Limits
     where: str  # its table and chain
     text: str

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from ipaddress import ip_address, ip_interface
 from typing import Final
 
-from pyproxy.doctor import barriers, parts
+from pyproxy.doctor import parts
 from pyproxy.doctor.facts import (
     SEVERITIES,
     Facts,
@@ -13,6 +13,7 @@ from pyproxy.doctor.facts import (
     networks,
     overlapping,
 )
+from pyproxy.doctor.shadows import shadows
 from pyproxy.model import Family
 from pyproxy.view import Answer
 
@@ -337,6 +338,6 @@ AT_START: Final[tuple[Check, ...]] = (
     forwarding, reverse_path, bridges, mtu, port_ranges, conntrack, files, ranges,
 )  # fmt: skip
 CHECKS: Final[tuple[Check, ...]] = (
-    parts.modes, parts.missing_parts, *AT_START, read_only, flavours, leftovers, barriers.shadows,
+    parts.modes, parts.missing_parts, *AT_START, read_only, flavours, leftovers, shadows,
     clock, api, unseen,
 )  # fmt: skip

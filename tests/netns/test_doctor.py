@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyproxy.doctor.facts import Served
-from pyproxy.doctor.look import flows
+from pyproxy.doctor.look_closer import flows
 from pyproxy.model import Frontend
 from pyproxy.proxier._flavour import programs_of
 

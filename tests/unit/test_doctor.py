@@ -6,7 +6,8 @@ from msgspec.structs import replace
 from pyproxy.commands.doctor import frontend_of, text
 from pyproxy.doctor.facts import Facts, Finding, Link, Module, Served, Server, Tracked
 from pyproxy.doctor.findings import Report, findings
-from pyproxy.doctor.look import default_ways, module_name, options_in
+from pyproxy.doctor.look import default_ways
+from pyproxy.doctor.look_closer import module_name, options_in
 from pyproxy.model import Frontend
 
 WEB = Served(Frontend("10.96.0.10", 80, "TCP"), "default/web")

@@ -5,8 +5,9 @@ from ipaddress import ip_network
 import pytest
 from msgspec.structs import replace
 
-from pyproxy.doctor.barriers import covers, of_iptables, of_nft, shadows
+from pyproxy.doctor.barriers import of_iptables, of_nft
 from pyproxy.doctor.facts import Barrier, Facts, Limits, Served
+from pyproxy.doctor.shadows import covers, shadows
 from pyproxy.model import Frontend
 
 WEB = Served(Frontend("10.96.0.10", 80, "TCP"), "default/web")
