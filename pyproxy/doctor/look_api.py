@@ -6,10 +6,10 @@ import ssl
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Final
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
-from aiohttp.connector import Connection
 from multidict import CIMultiDictProxy
 
 from pyproxy.doctor.facts import Server
@@ -51,14 +51,13 @@ async def asked(
         url, headers=await access.headers(), ssl=tls, proxy=access.proxy,
         server_hostname=access.server_hostname,
     ) as response:  # fmt: skip
-        left = until_expiry(response.connection, now())
         body = await response.read()
     found = msgspec.json.decode(body, type=NodeObject) if response.status == 200 else NodeObject()
     return Server(
         access.url,
         status=response.status,
         skew_seconds=skew(response.headers, now()),
-        certificate_seconds=left,
+        certificate_seconds=await until_expiry(access, now()),
         pod_cidrs=found.spec.pod_cidrs,
     )
 
@@ -70,9 +69,20 @@ def skew(headers: CIMultiDictProxy[str], now: float) -> float | None:
         return None
 
 
-def until_expiry(connection: Connection | None, now: float) -> float | None:
-    """Return how long the server's certificate is still valid, where there is one."""
-    transport = connection.transport if connection is not None else None
-    certificate = transport.get_extra_info("peercert") if transport is not None else None
+async def until_expiry(access: Access, now: float) -> float | None:
+    """Return how long the server's certificate is still valid; None where that is not seen.
+
+    It takes a connection of its own: aiohttp has let go of a short answer's when it is read.
+    """
+    url = urlsplit(access.url)
+    if url.scheme != "https" or access.proxy:
+        return None
+    name = access.server_hostname or url.hostname
+    tls = access.ssl_context()
+    _reader, writer = await asyncio.open_connection(
+        url.hostname, url.port or 443, ssl=tls, server_hostname=name
+    )
+    certificate = writer.get_extra_info("peercert")
+    writer.close()
     expiry = certificate.get("notAfter") if certificate else None
     return ssl.cert_time_to_seconds(expiry) - now if expiry else None
