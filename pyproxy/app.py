@@ -135,8 +135,7 @@ class App:
                 log.info("stopping")
                 for task in started:
                     task.cancel()
-                for carrier in self._proxiers:
-                    await carrier.aclose()
+                await asyncio.gather(*(carrier.aclose() for carrier in self._proxiers))
                 raise Stopped
         except* Stopped:
             pass

@@ -32,13 +32,15 @@ class Daemon:
         self._config = config
         self._lanes = lanes
         self._carriers: dict[Family, tuple[Env, Proxier]] = {}
+        self._metrics: Metrics | None = None
 
     def carries(self, env: Env, carrier: Proxier) -> None:
         """Take in who writes a family's plan, once it is known."""
         self._carriers[env.family] = (env, carrier)
 
     def publish(self, metrics: Metrics) -> None:
-        """Have metrics tell how far each kind of object is written."""
+        """Have metrics tell how far each kind of object is written, and what audits found."""
+        self._metrics = metrics
         kinds: tuple[Kind, ...] = ("Service", "EndpointSlice")
         for lane in self._lanes:
             for kind in kinds:
@@ -51,12 +53,12 @@ class Daemon:
             families=tuple(self._family(lane) for lane in self._lanes),
             allow_external_ips=gate(self._config, "AllowServiceExternalIPs"),
             cloud=self._config.cloud_annotations,
-            balances_sockets=self._config.userspace.socket_lb != "off",
+            keeps_client_address=self._config.userspace.keep_client_address,
         )
 
     def live(self) -> Mapping[str, LiveQuestion]:
         """Return what is asked about more than the state, by its path."""
-        return {"verify": self._verify, "setup": self._setup}
+        return {"verify": self._verify, "audit": self._audit, "setup": self._setup}
 
     async def _setup(self, _query: Query) -> Setup:
         envs = [env for env, _carrier in self._carriers.values()]
@@ -70,16 +72,30 @@ class Daemon:
         )
 
     async def _verify(self, query: Query) -> Verification:
-        """Have each family's target compared with what was written for a Service."""
+        """Have each family's target compared with what was written: for a Service, or for all."""
         name = asked_service(query)
-        if name is None:
-            raise QueryError("verify: it needs a service")
-        self.view().service(name)
+        if name is not None:
+            self.view().service(name)
         found = [await self._verified(lane, name) for lane in self._lanes]
         return Verification(self._config.mode, tuple(found))
 
-    async def _verified(self, lane: Lane, name: ObjectName) -> VerifiedFamily:
-        owners = {port.name for port in lane.cache.ports(name)}
+    async def _audit(self, query: Query) -> Verification:
+        """Have all that was written compared, and put right unless ``repair=false``."""
+        repair = query.get("repair", "true")
+        if repair not in ("true", "false"):
+            raise QueryError(f"repair: {repair} is not true or false")
+        found = await self._verify({})
+        for lane, family in zip(self._lanes, found.families, strict=True):
+            if self._metrics is not None and family.verdict != "unknown":
+                self._metrics.audited(lane.family, len(family.differences))
+            if repair == "true" and family.differences:
+                lane.resync()
+        return found
+
+    async def _verified(self, lane: Lane, name: ObjectName | None) -> VerifiedFamily:
+        owners = set(lane.plan.ports)
+        if name is not None:
+            owners = {port.name for port in lane.cache.ports(name)}
         if not owners:
             return VerifiedFamily(lane.family, "agrees", 0)
         if lane.family not in self._carriers:

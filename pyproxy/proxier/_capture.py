@@ -13,7 +13,7 @@ from typing import Protocol
 from pyproxy.config import CAPTURES
 from pyproxy.model import Family, Frontend, Route
 from pyproxy.proxier._lookup import Lookup, Unsupported
-from pyproxy.proxier._sockets import Shared
+from pyproxy.proxier._sockets import Shared, shared_by_all
 from pyproxy.proxier._tproxy import ByRules, why_no_rules
 from pyproxy.rules.capture import PASS, entry
 from pyproxy.rules.listeners import Surroundings
@@ -52,18 +52,22 @@ class Capture(Protocol):
 
     def close(self) -> None: ...
 
+    def leave(self) -> None:
+        """Let go of everything, for a successor has the same."""
+        ...
+
 
 class ByLookup:
     """A program at the kernel's socket lookup decides for each frontend and origin."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, sockets: Shared | None = None) -> None:
         """Raises ``Unsupported``."""
         try:
-            self.sockets: Shared | None = Shared(family)
+            self.sockets: Shared | None = sockets or shared_by_all(family)
         except OSError as error:
             raise Unsupported(error.strerror) from error
         try:
-            self._lookup = Lookup(family, [self.sockets])
+            self._lookup = Lookup(family, self.sockets)
         except Unsupported:
             self.sockets.close()
             raise
@@ -94,13 +98,17 @@ class ByLookup:
         if self.sockets is not None:
             self.sockets.close()
 
+    leave = close
+
 
 class ByListeners:
     """Each frontend has its own sockets; the program, where it may be, silences other ports."""
 
     sockets: Shared | None = None
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, sockets: Shared | None = None) -> None:
+        if sockets is not None:
+            sockets.close()  # a predecessor had another way
         self._lookup: Lookup | None = None
         try:
             self._lookup = Lookup(family)
@@ -140,11 +148,13 @@ class ByListeners:
         if self._lookup is not None:
             self._lookup.close()
 
+    leave = close
+
 
 BRIDGED = [
     Path("/proc/sys/net/bridge", f"bridge-nf-call-{tables}") for tables in ("iptables", "ip6tables")
 ]
-WAYS: dict[str, Callable[[Family], Capture]] = {
+WAYS: dict[str, Callable[[Family, Shared | None], Capture]] = {
     "sk_lookup": ByLookup,
     "tproxy": ByRules,
     "listeners": ByListeners,
@@ -156,7 +166,7 @@ def why_not(name: str) -> str | None:
     if name == "tproxy":
         return why_no_rules()
     try:
-        WAYS[name](4).close()
+        WAYS[name](4, None).close()
     except Unsupported as why:
         return str(why)
     return None

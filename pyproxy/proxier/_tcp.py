@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 import resource
 import socket
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from typing import Protocol
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Action, Address, Forward, Reject
+from pyproxy.proxier._handover import Given
 from pyproxy.proxier._poller import ERROR, HUP, IN, Poller
 from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES, Connection
 from pyproxy.proxier._sockets import EXHAUSTED, Shortage, keep_alive, reset
@@ -71,6 +73,21 @@ class TcpRelay:
         clients = [connection.near.sock for connection in self._open]
         clients += [dial.client for dial in self._dials]
         return {client.getsockname()[0] for client in clients}
+
+    async def surrender(self) -> list[Given]:
+        """Give all connections away, once those that are being made are there."""
+        while self._dials:
+            self._over.clear()
+            await self._over.wait()
+        return [connection.given() for connection in list(self._open)]
+
+    def take_over(self, given: Given) -> None:
+        """Go on with a connection that another process has given away."""
+        client, backend = given.sockets
+        picker = Picker(random.randrange)  # whose backend it was is counted no more
+        connection = TcpConnection(self, client, backend, picker, given.backend)
+        connection.broken = given.broken
+        connection.resume(given.near, given.far)
 
     def close_all(self) -> None:
         """Reset all connections; nothing is relayed after that."""
@@ -229,6 +246,12 @@ class TcpConnection(Connection):
     def closed(self) -> None:
         self._picker.closed(self._address)
         self._relay.parted(self)
+
+    def given(self) -> Given:
+        """Let go of it, for another process."""
+        sockets = self.near.sock, self.far.sock
+        near, far = self.release()
+        return Given(self._address, near, far, self.broken, sockets)
 
 
 class Dial:
