@@ -35,6 +35,7 @@ _USAGE: Final = (
     ("pyproxy wait SERVICE", "return once it is programmed"),
     ("pyproxy diff", "what differs, or would with other settings"),
     ("pyproxy audit", "compare with the kernel, and put it right"),
+    ("pyproxy doctor", "what is wrong with this node, and what to do"),
 )
 _HELP_COLUMN: Final = 30
 
