@@ -34,7 +34,8 @@ _USAGE: Final = (
     ("pyproxy explain SERVICE", "what becomes of connections to it, and why"),
     ("pyproxy wait SERVICE", "return once it is programmed"),
     ("pyproxy diff", "what differs, or would with other settings"),
-    ("pyproxy audit", "compare with the kernel now, and put it right"),
+    ("pyproxy audit", "compare with the kernel, and put it right"),
+    ("pyproxy doctor", "what is wrong with this node, and what to do"),
 )
 _HELP_COLUMN: Final = 30
 

@@ -3,7 +3,7 @@
 from typing import Final
 
 from pyproxy.config import CAPTURES, SOCKET_LB
-from pyproxy.config.flags_kinds import BOOL, CIDRS, DURATION, INTEGER, LOOP, STRING, Flag, Group
+from pyproxy.config.flags_kinds import BOOL, CIDRS, DURATION, LOOP, STRING, Flag, Group
 
 OWN: Final = Group(
     "pyproxy's own",
@@ -53,13 +53,6 @@ USERSPACE: Final = Group(
             "How packets for Services come to our sockets: one of "
             f"{', '.join(CAPTURES)}; auto is the first that works.",
             placeholder="HOW",
-        ),
-        Flag(
-            "userspace-workers",
-            INTEGER,
-            "userspace.workers",
-            "Processes that carry traffic; 0 is one for each core.",
-            default="0",
         ),
         Flag(
             "userspace-socket-lb",

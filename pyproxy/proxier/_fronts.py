@@ -120,7 +120,7 @@ class Fronts:
             self._serve(frontend, held, picker)
             self._held[frontend] = held
             self._own(frontend, listener, before)
-            self.capture.put(frontend, listener.route)
+            self.capture.put(frontend, listener.route, foreign=foreign)
         except OSError as error:
             self.close(frontend)
             return why_not(error, frontend.port)

@@ -148,9 +148,9 @@ class Frontends:
             self._opened = Fronts(self._env.family, self._tcp, self._udp, capture, own)
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
-            self._bypass = Bypass(self._env.family, RTPROT_PYPROXY)
+            self._bypass = Bypass(self._env.family, RTPROT_PYPROXY, self._vips.netlink)
             if self._transparent is not None:
-                self._transparent.switch_on()
+                self._transparent.switch_on(self._vips.netlink)
             else:
                 transparent.remove(self._env.family)  # of an earlier process
         try:
