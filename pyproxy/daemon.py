@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final
 
-from pyproxy.config import Config, gate, node_port_cidrs
+from pyproxy.config import Config, gate
 from pyproxy.control import LiveQuestion
 from pyproxy.doctor.setup import Setup
+from pyproxy.ip import is_loopback
 from pyproxy.lane import Lane
 from pyproxy.listing import DifferenceRow, Verification, VerifiedFamily
 from pyproxy.metrics import Metrics
 from pyproxy.model import Family, Kind, ObjectName
 from pyproxy.plan import Site
 from pyproxy.proxier import Env
-from pyproxy.proxier._around import surroundings
+from pyproxy.proxier._around import node_port_ips, surroundings
 from pyproxy.reconcile import ApplyError, Proxier, Verified
 from pyproxy.rules.listeners import Surroundings
 from pyproxy.topology import Place
@@ -119,7 +120,7 @@ class Daemon:
             plan=lane.plan,
             site=lane.site or Site(Place(self._node)),
             around=surroundings(env) if env is not None else Surroundings(),
-            node_port_ips=node_port_ips(env) if env is not None else frozenset(),
+            node_port_ips=answering_ips(env) if env is not None else frozenset(),
             progress=lane.progress,
         )
 
@@ -134,16 +135,11 @@ def unknown(lane: Lane, why: str) -> VerifiedFamily:
     return VerifiedFamily(lane.family, "unknown", 0, problem=why)
 
 
-def node_port_ips(env: Env) -> frozenset[str]:
+def answering_ips(env: Env) -> frozenset[str]:
     """Return the addresses of this node that serve node ports."""
-    ranges = node_port_cidrs(env.config, env.family, env.node_ips)
-    seen = env.host.snapshot
-    own = seen.ips(env.family) if ranges is None else frozenset(seen.ips_in(env.family, ranges))
+    chosen = node_port_ips(env, loopback=True)
+    own = env.host.snapshot.ips(env.family) if chosen is None else frozenset(chosen)
     on_loopback = env.config.mode in ("userspace", "iptables") and (
         env.config.iptables.localhost_node_ports
     )
     return own if on_loopback else frozenset(ip for ip in own if not is_loopback(ip))
-
-
-def is_loopback(ip: str) -> bool:
-    return ip.startswith("127.") or ip == "::1"

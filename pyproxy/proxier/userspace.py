@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from pyproxy.balancer import Picker
-from pyproxy.config import Config, node_port_cidrs, sync_periods, with_setting
+from pyproxy.config import Config, sync_periods, with_setting
 from pyproxy.delta import Delta
+from pyproxy.ip import is_loopback
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
 from pyproxy.proxier import _transparent as transparent
-from pyproxy.proxier._around import surroundings
+from pyproxy.proxier._around import node_port_ips, surroundings
 from pyproxy.proxier._bypass import Bypass
 from pyproxy.proxier._capture import WAYS, Capture, best, risk, why_not
 from pyproxy.proxier._fronts import Fronts
@@ -342,13 +343,11 @@ class Frontends:
 
     def _look_around(self) -> None:
         """See anew which addresses are the node's, and what depends on it."""
-        env, seen = self._env, self._env.host.snapshot
-        ips = seen.ips(env.family)
+        env = self._env
         self._around = surroundings(env)
-        ranges = node_port_cidrs(env.config, env.family, env.node_ips)
-        serving = None if ranges is None else seen.ips_in(env.family, ranges)
-        if ranges is None and not env.config.iptables.localhost_node_ports:
-            serving = sorted(ip for ip in ips if not is_loopback(ip))
+        serving = node_port_ips(env, loopback=True)
+        if serving is None and not env.config.iptables.localhost_node_ports:
+            serving = tuple(sorted(ip for ip in self._around.node_ips if not is_loopback(ip)))
         if self._opened is not None and not self.is_over:
             self._opened.surround(self._around, serving)
 
@@ -380,7 +379,3 @@ def pools(listeners: Mapping[Frontend, Listener]) -> list[Pool]:
             if isinstance(action, Forward):
                 found[id(action.pool)] = action.pool
     return list(found.values())
-
-
-def is_loopback(ip: str) -> bool:
-    return ip.startswith("127.") or ip == "::1"
