@@ -7,6 +7,7 @@ from typing import Final
 
 from pyproxy.config import Config, gate, node_port_cidrs
 from pyproxy.control import LiveQuestion
+from pyproxy.doctor.look import open_files
 from pyproxy.doctor.setup import Setup
 from pyproxy.lane import Lane
 from pyproxy.listing import DifferenceRow, Verification, VerifiedFamily
@@ -69,6 +70,7 @@ class Daemon:
             kubeconfig=self._config.client_connection.kubeconfig,
             pod_cidrs=node.pod_cidrs if node is not None else (),
             service_cidrs=envs[0].service_cidrs() if envs else (),
+            open_files=open_files(),
         )
 
     async def _verify(self, query: Query) -> Verification:

@@ -260,10 +260,11 @@ def conntrack(facts: Facts) -> Iterator[Finding]:
 
 
 def files(facts: Facts) -> Iterator[Finding]:
-    if facts.mode == "userspace" and facts.open_files and facts.open_files[1] < ENOUGH_FILES:
+    if facts.mode == "userspace" and facts.open_files and facts.open_files < ENOUGH_FILES:
         yield Finding(
-            "warning", "open files", f"at most {facts.open_files[1]}, two for each connection",
-            "the hard limit of RLIMIT_NOFILE", "LimitNOFILE= of the unit or of the runtime",
+            "warning", "open files", f"at most {facts.open_files}, two for each connection",
+            "RLIMIT_NOFILE, which the process could not raise",
+            "raise LimitNOFILE= of the unit, or of the container runtime",
         )  # fmt: skip
 
 

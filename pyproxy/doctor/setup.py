@@ -11,3 +11,4 @@ class Setup(Answer, frozen=True):
     kubeconfig: str
     pod_cidrs: tuple[str, ...]
     service_cidrs: tuple[str, ...]
+    open_files: int

@@ -33,7 +33,7 @@ SOUND = Facts(
     uplinks=("eth0",),
     flavours={"nft": 7, "legacy": 0},
     tracked=Tracked(100, 1000),
-    open_files=(1024, 524288),
+    open_files=524288,
     is_clock_synchronised=True,
     server=Server("https://192.0.2.1:6443", "", 200, 0.4, 300 * 86400.0),
     served=(WEB,),
@@ -128,7 +128,7 @@ TUNNEL = replace(
             id="conntrack is full",
         ),
         pytest.param(
-            replace(SOUND, mode="userspace", open_files=(1024, 4096)), "warning", "open files",
+            replace(SOUND, mode="userspace", open_files=4096), "warning", "open files",
             "at most 4096", id="few files",
         ),
         pytest.param(
