@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Family, Frontend, Proto, ServicePortName
+from pyproxy.proxier._accept import TcpFront, listen, unlisten
 from pyproxy.proxier._capture import Capture
 from pyproxy.proxier._datagrams import Datagrams
 from pyproxy.proxier._handover import Bound, Entrances
@@ -23,7 +24,7 @@ from pyproxy.proxier._sockets import (
     listening,
     why_not,
 )
-from pyproxy.proxier._tcp import TcpFront, TcpRelay
+from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import UdpFront, UdpRelay
 from pyproxy.reconcile import Difference
 from pyproxy.rules.guard import DROP_ALL, Program, guard
@@ -119,7 +120,7 @@ class Fronts:
             self._serve(frontend, held, picker)
             self._held[frontend] = held
             self._own(frontend, listener, before)
-            self.capture.put(frontend, listener.route)
+            self.capture.put(frontend, listener.route, foreign=foreign)
         except OSError as error:
             self.close(frontend)
             return why_not(error, frontend.port)
@@ -182,20 +183,20 @@ class Fronts:
             return
         self._admits = True
         self.sockets.append(shared.tcp)
-        self._tcp.listen(shared.tcp, self)
+        listen(self._tcp, shared.tcp, self)
         self._datagrams = Datagrams(self._udp.poller, shared.udp, self.udp_front)
 
     def retire(self) -> None:
         """Let nobody in any more; a successor does, by the same addresses."""
         for sock in self.sockets:
-            self._tcp.unlisten(sock)
+            unlisten(self._tcp, sock)
         self.sockets.clear()
         if self._datagrams is not None:
             self._datagrams.close()
         for held in self._held.values():
             if isinstance(held.front, TcpFront):
                 for sock in held.front.sockets:
-                    self._tcp.unlisten(sock)
+                    unlisten(self._tcp, sock)
 
     def leave(self) -> None:
         """Close the sockets of frontends; what the capture has in the kernel is the successor's.

@@ -69,6 +69,17 @@ def entry(route: Route) -> Entry:
     )
 
 
+def audible(entry: Entry) -> Entry:
+    """Return the entry for an IPv4 address that is not the node's, but for some ports.
+
+    The kernel sends no refusal from there. Who is to be refused is accepted, and reset at once.
+    """
+    pod, node, outside = (
+        "serve" if v == "refuse" else v for v in (entry.pod, entry.node, entry.outside)
+    )
+    return Entry(pod, node, outside, entry.sources)
+
+
 def verdict(action: Action) -> Verdict:
     match action:
         case Forward():
