@@ -39,7 +39,8 @@ class Report(Answer, frozen=True):
 def findings(facts: Facts) -> tuple[Finding, ...]:
     """Return everything that is wrong, the worst first."""
     found = [finding for check in CHECKS for finding in check(facts)]
-    return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+    once = dict.fromkeys(found)  # a rule may be met on several ways
+    return tuple(sorted(once, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
 def worth_a_warning(facts: Facts) -> tuple[Finding, ...]:
