@@ -1,8 +1,8 @@
 """Which rules of others get hold of connections to Services before ours. No I/O."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from ipaddress import ip_address
 from functools import lru_cache
+from ipaddress import ip_address
 from itertools import chain
 from typing import Final
 
