@@ -68,6 +68,7 @@ class Daemon:
             node=self._node,
             mode=self._config.mode,
             kubeconfig=self._config.client_connection.kubeconfig,
+            needs_pod_cidrs=self._config.detect_local_mode == "NodeCIDR",
             pod_cidrs=node.pod_cidrs if node is not None else (),
             service_cidrs=envs[0].service_cidrs() if envs else (),
             open_files=open_files(),

@@ -118,6 +118,7 @@ class Facts(Struct, frozen=True):
     server: Server | None = None
     served: tuple[Served, ...] = ()
     node_ports: str = "30000-32767"
+    needs_pod_cidrs: bool = False  # of the Node: pods are recognised by them
     pod_cidrs: tuple[str, ...] = ()
     service_cidrs: tuple[str, ...] = ()
     unseen: tuple[tuple[str, str], ...] = ()  # what was not looked at, and why

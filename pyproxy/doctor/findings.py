@@ -304,6 +304,12 @@ def api(facts: Facts) -> Iterator[Finding]:
             f"{server.url} said {server.status}",
             "renew the credentials, or bind them to ClusterRole system:node-proxier",
         )  # fmt: skip
+    elif facts.needs_pod_cidrs and not server.pod_cidrs:
+        yield Finding(
+            "error", "Node", "it has no podCIDRs: nothing is written before it has",
+            f"Node {facts.node}: spec.podCIDRs is empty, and detectLocalMode is NodeCIDR",
+            "have the controller manager allocate them, or set another detectLocalMode",
+        )  # fmt: skip
     if left is not None and left < CERTIFICATE_SECONDS:
         yield Finding(
             "warning", "API server", f"its certificate ends in {left / 86400:.0f} days",

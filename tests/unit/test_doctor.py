@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from pyproxy.commands.doctor import frontend_of, text
 from pyproxy.doctor.facts import Facts, Finding, Link, Module, Served, Server, Tracked
-from pyproxy.doctor.findings import Report, findings
+from pyproxy.doctor.findings import Report, findings, worth_a_warning
 from pyproxy.doctor.look import default_ways
 from pyproxy.doctor.look_closer import module_name, options_in
 from pyproxy.model import Frontend
@@ -152,6 +152,10 @@ TUNNEL = replace(
             'no Node "node-a"', id="no Node of this name",
         ),
         pytest.param(
+            replace(SOUND, needs_pod_cidrs=True), "error", "Node", "spec.podCIDRs is empty",
+            id="pods are recognised by what the Node has not",
+        ),
+        pytest.param(
             replace(SOUND, server=SOUND.server._replace(certificate_seconds=86400.0)), "warning",
             "API server", "ends in 1 days", id="certificate ends soon",
         ),
@@ -185,6 +189,11 @@ def test_trouble_is_found(facts, severity, subject, words):
     (found,) = findings(facts)
     assert (found.severity, found.subject) == (severity, subject)
     assert words in " ".join((found.what, found.evidence, found.fix))
+
+
+def test_a_pyproxy_that_starts_tells_no_notes():
+    facts = replace(SOUND, has_read_only_sysctls=True, sysctls={"net/ipv4/ip_forward": "0"})
+    assert {finding.subject for finding in worth_a_warning(facts)} == {"forwarding", "bridge"}
 
 
 # --- parts of the kernel --------------------------------------------------------------------------
