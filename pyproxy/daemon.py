@@ -7,6 +7,7 @@ from typing import Final
 
 from pyproxy.config import Config, gate
 from pyproxy.control import LiveQuestion
+from pyproxy.doctor.look import open_files
 from pyproxy.doctor.setup import Setup
 from pyproxy.ip import is_loopback
 from pyproxy.lane import Lane
@@ -68,8 +69,10 @@ class Daemon:
             node=self._node,
             mode=self._config.mode,
             kubeconfig=self._config.client_connection.kubeconfig,
+            needs_pod_cidrs=self._config.detect_local_mode == "NodeCIDR",
             pod_cidrs=node.pod_cidrs if node is not None else (),
             service_cidrs=envs[0].service_cidrs() if envs else (),
+            open_files=open_files(),
         )
 
     async def _verify(self, query: Query) -> Verification:
