@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
-from pyproxy.config import MODES
+from pyproxy.config import MODES, SERVICE_METRICS
 from pyproxy.config.flags_kinds import (
     BOOL,
     CIDRS,
@@ -406,6 +406,14 @@ GROUPS: Final = (
                 "cloud_annotations",
                 "The cloud whose annotations of Services count: huawei.",
                 placeholder="CLOUD",
+            ),
+            Flag(
+                "service-metrics",
+                STRING,
+                "service_metrics",
+                "What to count connections of apart, for metrics and pyproxy top: one of "
+                f"{', '.join(SERVICE_METRICS)}.",
+                placeholder="WHAT",
             ),
             Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
         ),

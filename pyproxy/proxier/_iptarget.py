@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from pyproxy.counters import Entry
 from pyproxy.delta import Delta
 from pyproxy.model import Family, ServicePortName
 from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
@@ -28,8 +29,9 @@ from pyproxy.rules.iptables import (
     set_name,
 )
 from pyproxy.rules.iptables_base import Place, jumps
+from pyproxy.rules.iptables_counts import entries
 from pyproxy.rules.iptables_layout import Layout, read
-from pyproxy.rules.iptables_text import Line, Rules, cleared, founded, parsed, rewritten
+from pyproxy.rules.iptables_text import Line, Rules, cleared, counted, founded, parsed, rewritten
 
 KINDS = {CLUSTER_IPS: IP_PORT, HAIRPIN: IP_PORT_IP}
 ATTEMPTS = 16  # for one change, each without something that was refused
@@ -133,6 +135,19 @@ class IpTarget:
             raise ApplyError(str(error)) from error
         held = read(there, self._layout.fixed).items | members
         return tuple(differing(wanted, held))
+
+    async def counters(self, *, by_endpoint: bool) -> list[Entry[Item]]:
+        """List the tables, with what rules have counted since they were written.
+
+        A chain that is written anew counts from zero, and what nobody read is lost. Raises
+        ``ApplyError``.
+        """
+        try:
+            text = await self._tables.save(with_counters=True)
+        except IptablesError as error:
+            raise ApplyError(str(error)) from error
+        found = await asyncio.to_thread(lambda: list(entries(counted(text))))
+        return [entry for entry in found if by_endpoint or entry.endpoint is None]
 
     async def clear(self) -> None:
         """Remove every rule and set of ours. Raises ``ApplyError``."""

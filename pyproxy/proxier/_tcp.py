@@ -4,7 +4,7 @@ import asyncio
 import logging
 import resource
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from errno import EALREADY, EINPROGRESS, EINVAL
 from socket import SocketType
@@ -12,6 +12,7 @@ from typing import Protocol
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Action, Address, Forward, Reject
+from pyproxy.proxier._meter import Carried, Meter
 from pyproxy.proxier._poller import ERROR, HUP, IN, Poller
 from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES, Connection
 from pyproxy.proxier._sockets import EXHAUSTED, Shortage, keep_alive, reset
@@ -59,6 +60,11 @@ class TcpRelay:
     @property
     def open_count(self) -> int:
         return len(self._open)
+
+    def carried(self) -> Iterator[tuple[Meter, Address, Carried]]:
+        """Yield what each open connection has carried, with who counts it when it is over."""
+        for connection in self._open:
+            yield connection.meter, connection.address, connection.carried()
 
     async def drained(self) -> None:
         """Return when no connection is open any more."""
@@ -210,7 +216,7 @@ class Acceptor:
 class TcpConnection(Connection):
     """A connection, and to whom it goes."""
 
-    __slots__ = ("_address", "_picker", "_relay")
+    __slots__ = ("_picker", "_relay", "address", "meter")
 
     def __init__(
         self,
@@ -219,15 +225,22 @@ class TcpConnection(Connection):
         backend: SocketType,
         picker: Picker,
         address: Address,
+        meter: Meter,
     ) -> None:
         super().__init__(relay.poller, relay.pipes, client, backend)
         self._relay = relay
         self._picker = picker
-        self._address = address
+        self.address = address
+        self.meter = meter
+        meter.opened(address)
         relay.joined(self)
 
+    def carried(self) -> Carried:
+        return Carried(bytes_in=self.near.carried, bytes_out=self.far.carried)
+
     def closed(self) -> None:
-        self._picker.closed(self._address)
+        self._picker.closed(self.address)
+        self.meter.closed(self.address, self.carried())
         self._relay.parted(self)
 
 
@@ -341,7 +354,9 @@ class Dial:
     def _join(self, backend: SocketType, events: int = 0) -> None:
         relay, poller = self._relay, self._relay.poller
         relay.dialled(self)
-        connection = TcpConnection(relay, self.client, backend, self._picker, self._address)
+        connection = TcpConnection(
+            relay, self.client, backend, self._picker, self._address, self._front.meter
+        )
         near, far = connection.near, connection.far
         if events:
             far.watches_writing = True
@@ -429,6 +444,7 @@ class TcpFront:
         self.sockets = list(sockets)
         self.listener = listener
         self.picker = picker
+        self.meter = Meter()
         self._relay = relay
         for sock in self.sockets:
             relay.listen(sock, self)
