@@ -197,10 +197,8 @@ class NfTables:
         if keys is None:
             bodies = self._dump(GETSETELEM, table, string(1, table.name) + string(2, name))
         else:
-            requests = get_elements(table, name, keys)
-            bodies = [
-                body for request in requests for body in self._dump_once(acknowledged(request))[0]
-            ]
+            requests = map(acknowledged, get_elements(table, name, keys))
+            bodies = [body for request in requests for body in self._dump_once(request)[0]]
         lists = (value for body in bodies for kind, value in plain_attributes(body) if kind == 3)
         return [CountedElement(*found) for value in lists for found in counters_in(value)]
 

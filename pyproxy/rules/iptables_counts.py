@@ -25,14 +25,19 @@ def entries(rules: Iterable[tuple[Place, str, int]]) -> Iterator[Entry[Item]]:
                 of_chain[address] = of_chain.get(address, 0) + packets
         elif table == "filter" and chain in REFUSING:
             match, to = split(rule)
-            if to.startswith("REJECT"):
-                yield Entry(Item(table, chain, match), None, Counts(rejected=packets))
-            elif to == "DROP":
-                yield Entry(Item(table, chain, match), None, Counts(dropped=packets))
+            counts = refused(to, packets)
+            if counts is not None:
+                yield Entry(Item(table, chain, match), None, counts)
     for item, of_chain in connections.items():
         yield Entry(item, None, Counts(connections=sum(of_chain.values())))
         for address, count in of_chain.items():
             yield Entry(item, address, Counts(connections=count))
+
+
+def refused(target: str, packets: int) -> Counts | None:
+    if target == "DROP":
+        return Counts(dropped=packets)
+    return Counts(rejected=packets) if target.startswith("REJECT") else None
 
 
 def address_of(text: str) -> Address:
