@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from msgspec import Struct
+from msgspec.structs import astuple
 
 from pyproxy.model import Address, ServicePortName
 
@@ -57,8 +58,7 @@ Traffic = Mapping[Where, Counts]
 
 def total(counts: Iterable[Counts]) -> Counts:
     """Return the sum; of what nobody can tell, nothing."""
-    columns = zip(*((getattr(each, name) for name in FIELDS) for each in counts), strict=True)
-    return Counts(*(added(column) for column in columns))
+    return Counts(*map(added, zip(*map(astuple, counts), strict=True)))
 
 
 def added(values: Iterable[int | None]) -> int | None:
