@@ -15,13 +15,13 @@ CLEAR = "\x1b[H\x1b[2J"
 SHORTEST_SECONDS = 0.6  # between two readings: answers are a moment old at most
 ROWS = 30
 COLUMNS: Mapping[str, str] = {
-    "connections": "CONNS",
-    "packets_in": "PKTS IN",
-    "packets_out": "PKTS OUT",
-    "bytes_in": "BYTES IN",
-    "bytes_out": "BYTES OUT",
-    "rejected": "REJECTED",
-    "dropped": "DROPPED",
+    "connections": "CONNS/s",
+    "packets_in": "PKTS IN/s",
+    "packets_out": "PKTS OUT/s",
+    "bytes_in": "B IN/s",
+    "bytes_out": "B OUT/s",
+    "rejected": "REJECTS/s",
+    "dropped": "DROPS/s",
 }
 STEPS = ("", "k", "M", "G", "T", "P")
 
@@ -83,9 +83,12 @@ async def follow(
 def text_of(found: Rates, sort: str, rows: int) -> str:
     """Return the busiest rows: of each count what came in a second, and what came in all."""
     names = [name for name in COLUMNS if any(known(row, name) for row in found.items)]
-    head = ["SERVICE"] + [h for name in names for h in (f"{COLUMNS[name]}/s", "TOTAL")]
+    head = ["SERVICE", "CONNS", *(COLUMNS[name] for name in names)]
     shown = busiest(found.items, sort)[:rows]
-    cells = [[subject(row), *(c for name in names for c in pair(row, name))] for row in shown]
+    cells = [
+        [subject(row), total(row), *(short(row.per_second.get(name)) for name in names)]
+        for row in shown
+    ]
     left = len(found.items) - len(shown)
     text = table(head, cells, WIDTH) if shown else "nothing is counted\n"
     more = f"and {left} more\n" if left else ""
@@ -103,16 +106,17 @@ def subject(row: RateRow) -> str:
     return f"{counts.namespace}/{counts.service}{port}/{counts.proto}{to}"
 
 
-def pair(row: RateRow, name: str) -> tuple[str, str]:
-    speed, value = row.per_second.get(name), getattr(row.counts, name)
-    return ("" if speed is None else short(speed), "" if value is None else short(value))
+def total(row: RateRow) -> str:
+    return short(row.counts.connections)
 
 
-def short(value: float) -> str:
-    """Return a number in four digits or fewer, such as ``0.5``, ``12``, ``1.2k``."""
+def short(value: float | None) -> str:
+    """Return a number in few digits, such as ``0.5``, ``12``, ``1.2k``; nothing for None."""
+    if value is None:
+        return ""
     for step in STEPS:
-        if value < 999.5 or step == STEPS[-1]:
-            whole = value >= 99.5 or value == int(value)
-            return f"{value:.0f}{step}" if whole else f"{value:.1f}{step}"
+        rounded = round(value, 1) if value < 99.95 else round(value)
+        if rounded < 1000 or step == STEPS[-1]:
+            return f"{rounded:g}{step}"
         value /= 1000
     raise AssertionError("the last step takes all")

@@ -117,7 +117,7 @@ async def test_counts_outlive_a_change_of_endpoints(family, mode):
         reader = Reader(node)
         await reader.read()
         await ask(node, 5)
-        if mode == "iptables":  # a chain that is written anew counts from zero
+        if mode == "iptables":  # what was not read is lost when a chain is written anew
             await reader.read()
         await node.endpoints("web", a, b)
         await ask(node, 5)
