@@ -9,6 +9,7 @@ from typing import Final
 from pyproxy.config import Config, gate, node_port_cidrs
 from pyproxy.control import LiveQuestion
 from pyproxy.counting import Counting
+from pyproxy.doctor.setup import Setup
 from pyproxy.lane import Lane
 from pyproxy.listing import DifferenceRow, Verification, VerifiedFamily
 from pyproxy.metrics import Metrics
@@ -40,6 +41,7 @@ class Daemon:
         self._counted: dict[Family, Proxier] = {}
         self._counting = Counting(self._counted)
         self._service_metrics: ServiceMetrics | None = None
+        self._metrics: Metrics | None = None
 
     def carries(self, env: Env, carrier: Proxier) -> None:
         """Take in who writes a family's plan, once it is known."""
@@ -47,7 +49,8 @@ class Daemon:
         self._counted[env.family] = carrier
 
     def publish(self, metrics: Metrics) -> None:
-        """Have metrics tell how far each kind of object is written."""
+        """Have metrics tell how far each kind of object is written, and what audits found."""
+        self._metrics = metrics
         kinds: tuple[Kind, ...] = ("Service", "EndpointSlice")
         for lane in self._lanes:
             for kind in kinds:
@@ -69,12 +72,17 @@ class Daemon:
             families=tuple(self._family(lane) for lane in self._lanes),
             allow_external_ips=gate(self._config, "AllowServiceExternalIPs"),
             cloud=self._config.cloud_annotations,
-            balances_sockets=self._config.userspace.socket_lb != "off",
+            keeps_client_address=self._config.userspace.keep_client_address,
         )
 
     def live(self) -> Mapping[str, LiveQuestion]:
         """Return what is asked about more than the state, by its path."""
-        return {"verify": self._verify, "traffic": self._traffic}
+        return {
+            "verify": self._verify,
+            "audit": self._audit,
+            "setup": self._setup,
+            "traffic": self._traffic,
+        }
 
     async def _traffic(self, query: Query) -> TrafficCounts:
         """Read what went to each Service port, or to each endpoint."""
@@ -84,17 +92,42 @@ class Daemon:
             self._config.mode, now, asked_rows(found, query), self._counting.problems
         )
 
+    async def _setup(self, _query: Query) -> Setup:
+        envs = [env for env, _carrier in self._carriers.values()]
+        node = envs[0].node if envs else None
+        return Setup(
+            node=self._node,
+            mode=self._config.mode,
+            kubeconfig=self._config.client_connection.kubeconfig,
+            pod_cidrs=node.pod_cidrs if node is not None else (),
+            service_cidrs=envs[0].service_cidrs() if envs else (),
+        )
+
     async def _verify(self, query: Query) -> Verification:
-        """Have each family's target compared with what was written for a Service."""
+        """Have each family's target compared with what was written: for a Service, or for all."""
         name = asked_service(query)
-        if name is None:
-            raise QueryError("verify: it needs a service")
-        self.view().service(name)
+        if name is not None:
+            self.view().service(name)
         found = [await self._verified(lane, name) for lane in self._lanes]
         return Verification(self._config.mode, tuple(found))
 
-    async def _verified(self, lane: Lane, name: ObjectName) -> VerifiedFamily:
-        owners = {port.name for port in lane.cache.ports(name)}
+    async def _audit(self, query: Query) -> Verification:
+        """Have all that was written compared, and put right unless ``repair=false``."""
+        repair = query.get("repair", "true")
+        if repair not in ("true", "false"):
+            raise QueryError(f"repair: {repair} is not true or false")
+        found = await self._verify({})
+        for lane, family in zip(self._lanes, found.families, strict=True):
+            if self._metrics is not None and family.verdict != "unknown":
+                self._metrics.audited(lane.family, len(family.differences))
+            if repair == "true" and family.differences:
+                lane.resync()
+        return found
+
+    async def _verified(self, lane: Lane, name: ObjectName | None) -> VerifiedFamily:
+        owners = set(lane.plan.ports)
+        if name is not None:
+            owners = {port.name for port in lane.cache.ports(name)}
         if not owners:
             return VerifiedFamily(lane.family, "agrees", 0)
         if lane.family not in self._carriers:

@@ -194,10 +194,12 @@ def case_of(
     if not isinstance(action, Forward):
         return Case(origins, effect(action), reason.text, reason.object, reason.field)
     masquerade = why_masquerade(subject, route.kind, origin)
-    if view.mode == "userspace":
-        masquerade = "mode userspace makes a connection of its own"
-        if view.balances_sockets and origin != "outside":
-            masquerade += ", unless the socket was balanced when it connected"
+    kept_where = ""
+    if view.mode == "userspace" and masquerade is None:
+        if view.keeps_client_address and family.around.pods:
+            kept_where = "only where answers would not come back by this node"
+        else:
+            masquerade = "mode userspace makes a connection of its own"
     return Case(
         origins,
         "forward",
@@ -205,7 +207,7 @@ def case_of(
         reason.object,
         reason.field,
         masquerade is not None,
-        masquerade or "",
+        masquerade or kept_where,
         tuple(shares(action.pool, subject.endpoints)),
         action.pool.affinity_seconds,
         action.pool.scheduler or "",
@@ -287,11 +289,10 @@ def connection_case(
     case = case_of(view, family, subject, route, origin, (origin,))
     if stranger is not None and case.action != "pass":
         return Case((origin,), "drop", stranger.text, stranger.object, stranger.field)
-    back = f"{source} would answer itself (hairpin)"
     hairpins = [s for s in case.endpoints if source and s.address.startswith(f"{source}:")]
     if case.masquerade or not hairpins:
         return case
-    return replace(case, masquerade_reason=f"only where {back}")
+    return replace(case, masquerade_reason=f"only where {source} would answer itself (hairpin)")
 
 
 def destination(text: str) -> tuple[str, int, Proto]:

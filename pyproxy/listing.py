@@ -254,6 +254,7 @@ class RouteRow(Answer, frozen=True):
     port: str
     frontend: str
     kind: str
+    family: int
     from_pod: str
     from_node: str
     from_outside: str
@@ -266,6 +267,7 @@ class Routes(Answer, frozen=True):
 
     node: str
     items: tuple[RouteRow, ...]
+    mode: str = ""
 
 
 def route_rows(view: View, service: Service) -> Iterator[RouteRow]:
@@ -276,7 +278,7 @@ def route_rows(view: View, service: Service) -> Iterator[RouteRow]:
 
 
 def routes(view: View, items: Sequence[RouteRow]) -> Routes:
-    return Routes(view.node, tuple(items))
+    return Routes(view.node, tuple(items), view.mode)
 
 
 def route_row(family: FamilyView, plan: PortPlan, route: Route) -> RouteRow:
@@ -287,6 +289,7 @@ def route_row(family: FamilyView, plan: PortPlan, route: Route) -> RouteRow:
         port=plan.owner.port,
         frontend=str(route.frontend),
         kind=route.kind,
+        family=family.family,
         from_pod=action_text(route.from_pod),
         from_node=action_text(route.from_node),
         from_outside=action_text(route.from_outside),

@@ -75,6 +75,7 @@ INVALID = "kubeproxy_iptables_ct_state_invalid_dropped_packets_total"
 LOCALHOST = "kubeproxy_iptables_localhost_nodeports_accepted_packets_total"
 
 STALE = "pyproxy_state_stale"
+AUDITED = "pyproxy_audit_differences"
 APPLIED = "pyproxy_applied_resource_version"
 
 IPTABLES = ("iptables",)
@@ -110,6 +111,7 @@ GAUGES = (
     Row("pyproxy_asyncio_tasks", "Tasks of the event loop"),
     Row("pyproxy_conflicts", "Frontends that a second Service asked for", FAMILY),
     Row(APPLIED, "All objects of a kind are written up to this resourceVersion", KIND),
+    Row(AUDITED, "Entries that the last pyproxy audit found otherwise", FAMILY, lazy=True),
     Row(STALE, "Whether objects of a kind are known from the state on disk only", ("kind",)),
     Row("pyproxy_frontends", "Frontends that can be served, or not", STATE, ("userspace",)),
 )
@@ -220,6 +222,10 @@ class Metrics:
         """Publish the feature gates: (name, stage) to whether it is on; the stage of GA is ''."""
         for (name, stage), enabled in gates.items():
             self.put("kubernetes_feature_enabled", int(enabled), name, stage)
+
+    def audited(self, family: Family, differences: int) -> None:
+        """Tell what an audit that somebody asked for found."""
+        self._gauges[AUDITED].labels(f"IPv{family}").set(differences)
 
     def stale(self, kind: Kind, *, stale: bool) -> None:
         """Say whether the objects of a kind are those of an earlier process, from disk."""

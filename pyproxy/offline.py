@@ -36,7 +36,7 @@ def view_of(
         families=tuple(family_view(family, objects, config, node) for family in families),
         allow_external_ips=gate(config, "AllowServiceExternalIPs"),
         cloud=config.cloud_annotations,
-        balances_sockets=config.userspace.socket_lb != "off",
+        keeps_client_address=config.userspace.keep_client_address,
     )
 
 

@@ -65,7 +65,7 @@ class View(NamedTuple):
     families: tuple[FamilyView, ...]
     allow_external_ips: bool = True
     cloud: str = ""  # whose annotations count
-    balances_sockets: bool = False  # mode userspace: backends may be chosen when sockets connect
+    keeps_client_address: bool = True  # mode userspace: where answers come back by this node
 
     def service(self, name: ObjectName) -> Service:
         """Return a Service. Raises ``NotThereError``."""

@@ -89,8 +89,9 @@ class Files:
 
     is_live = False
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, config: Config) -> None:
         self.view = view
+        self.config = config
 
     def ask(self, question: str, kind: type[A], query: Mapping[str, str]) -> A:
         if question not in QUESTIONS:
@@ -136,6 +137,7 @@ def parsed(
     if own.node_name is not None:
         shared.append(f"--hostname-override={own.node_name}")
     options = parse(shared)
+    own.options = options
     return own, source(options, own.filename)
 
 
@@ -166,7 +168,7 @@ def source(options: Options, files: Sequence[str]) -> Source:
         objects = of_files(files, node, options.service_cidr)
     else:
         objects = asyncio.run(of_server(options, config, node))
-    return Files(view_of(objects, config, mode, node, FAMILIES))
+    return Files(view_of(objects, config, mode, node, FAMILIES), config)
 
 
 def of_files(files: Sequence[str], node: str, service_cidrs: Sequence[str]) -> Objects:

@@ -13,9 +13,9 @@ from typing import Protocol
 from pyproxy.config import CAPTURES
 from pyproxy.model import Family, Frontend, Route
 from pyproxy.proxier._lookup import Lookup, Unsupported
-from pyproxy.proxier._sockets import Shared
+from pyproxy.proxier._sockets import Shared, shared_by_all
 from pyproxy.proxier._tproxy import ByRules, why_no_rules
-from pyproxy.rules.capture import PASS, entry
+from pyproxy.rules.capture import PASS, audible, entry
 from pyproxy.rules.listeners import Surroundings
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,11 @@ class Capture(Protocol):
         """Say whether packets for such a frontend come to the shared sockets."""
         ...
 
-    def put(self, frontend: Frontend, route: Route) -> None:
-        """Take in a frontend that is ready to be served. Raises ``OSError``."""
+    def put(self, frontend: Frontend, route: Route, *, foreign: bool) -> None:
+        """Take in a frontend that is ready to be served. Raises ``OSError``.
+
+        Of a foreign one nothing but the port is this node's.
+        """
         ...
 
     def drop(self, frontend: Frontend) -> None: ...
@@ -52,18 +55,23 @@ class Capture(Protocol):
 
     def close(self) -> None: ...
 
+    def leave(self) -> None:
+        """Let go of everything, for a successor has the same."""
+        ...
+
 
 class ByLookup:
     """A program at the kernel's socket lookup decides for each frontend and origin."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, sockets: Shared | None = None) -> None:
         """Raises ``Unsupported``."""
+        self._family = family
         try:
-            self.sockets: Shared | None = Shared(family)
+            self.sockets: Shared | None = sockets or shared_by_all(family)
         except OSError as error:
             raise Unsupported(error.strerror) from error
         try:
-            self._lookup = Lookup(family, [self.sockets])
+            self._lookup = Lookup(family, self.sockets)
         except Unsupported:
             self.sockets.close()
             raise
@@ -71,8 +79,11 @@ class ByLookup:
     def takes(self, route: Route) -> bool:
         return True
 
-    def put(self, frontend: Frontend, route: Route) -> None:
-        self._lookup.put(frontend, entry(route))
+    def put(self, frontend: Frontend, route: Route, *, foreign: bool) -> None:
+        made = entry(route)
+        if foreign and self._family == 4 and frontend.proto == "TCP":
+            made = audible(made)
+        self._lookup.put(frontend, made)
 
     def drop(self, frontend: Frontend) -> None:
         self._lookup.drop(frontend)
@@ -94,13 +105,17 @@ class ByLookup:
         if self.sockets is not None:
             self.sockets.close()
 
+    leave = close
+
 
 class ByListeners:
     """Each frontend has its own sockets; the program, where it may be, silences other ports."""
 
     sockets: Shared | None = None
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, sockets: Shared | None = None) -> None:
+        if sockets is not None:
+            sockets.close()  # a predecessor had another way
         self._lookup: Lookup | None = None
         try:
             self._lookup = Lookup(family)
@@ -113,7 +128,7 @@ class ByListeners:
     def takes(self, route: Route) -> bool:
         return False
 
-    def put(self, frontend: Frontend, route: Route) -> None:
+    def put(self, frontend: Frontend, route: Route, *, foreign: bool) -> None:
         if self._lookup is not None and frontend.ip:
             self._lookup.put(frontend, PASS)
 
@@ -140,11 +155,13 @@ class ByListeners:
         if self._lookup is not None:
             self._lookup.close()
 
+    leave = close
+
 
 BRIDGED = [
     Path("/proc/sys/net/bridge", f"bridge-nf-call-{tables}") for tables in ("iptables", "ip6tables")
 ]
-WAYS: dict[str, Callable[[Family], Capture]] = {
+WAYS: dict[str, Callable[[Family, Shared | None], Capture]] = {
     "sk_lookup": ByLookup,
     "tproxy": ByRules,
     "listeners": ByListeners,
@@ -156,7 +173,7 @@ def why_not(name: str) -> str | None:
     if name == "tproxy":
         return why_no_rules()
     try:
-        WAYS[name](4).close()
+        WAYS[name](4, None).close()
     except Unsupported as why:
         return str(why)
     return None

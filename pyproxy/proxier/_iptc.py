@@ -2,7 +2,7 @@
 
 It knows no other flavour, takes no lock, opens a table into being that was not there, takes half
 a millisecond for a rule and long to import. So it is for looking, and for the few rules that all
-others hang on. Everything here blocks: it is for a thread.
+others hang on. Everything here blocks, and but for ``load`` it is for a thread.
 """
 
 import contextlib
@@ -46,10 +46,12 @@ def load() -> None:
     """Import python-iptables if it and libiptc are there.
 
     It looks for libiptc with ldconfig, gcc and ld: a quarter of a second of a processor. And it
-    loads ip_tables into the kernel, where nothing else may want it.
+    loads ip_tables into the kernel, where nothing else may want it. Not for a thread: imported
+    beside a running loop, it has stopped the whole process.
     """
-    with contextlib.suppress(ImportError, OSError, AttributeError):  # the last: no such library
-        loaded.append(import_module("iptc"))
+    if not loaded:
+        with contextlib.suppress(ImportError, OSError, AttributeError):  # the last: no such library
+            loaded.append(import_module("iptc"))
 
 
 def library() -> Any:  # noqa: ANN401 - the library has no types

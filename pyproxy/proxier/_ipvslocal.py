@@ -22,11 +22,12 @@ class LocalAddresses:
 
     def __init__(self) -> None:
         self._users: dict[Vip, set[ServicePortName | None]] = {}
+        self._unused: set[Vip] = set()  # those without users: a sync looks at no others
 
     def read(self, leads: Leads) -> list[LocalAddress]:
         """Begin anew with what is there, whoever wanted it. Raises ``OSError``."""
         listed = leads.listed()
-        self._users = {vip: {None} for vip in listed}
+        self._users, self._unused = {vip: {None} for vip in listed}, set()
         return [LocalAddress(vip.ip, frontend_of(vip)) for vip in listed]
 
     def bind(self, keys: Iterable[LocalAddress], leads: Leads) -> dict[Key, str]:
@@ -41,21 +42,25 @@ class LocalAddresses:
                 refused |= dict.fromkeys(users, failed[vip])
             else:
                 self._users.setdefault(vip, set()).update(key.owner for key in users)
+                self._unused.discard(vip)
         return refused
 
     def release(self, key: LocalAddress) -> None:
         """Forget that somebody wants an address."""
-        users = self._users.get(vip_of(key))
+        vip = vip_of(key)
+        users = self._users.get(vip)
         if users is not None:
             users.discard(key.owner)
+            if not users:
+                self._unused.add(vip)
 
     def unbind(self, leads: Leads, needed: Collection[str]) -> None:
         """Lead away the addresses that nobody wants, but for those still needed."""
-        gone = [vip for vip, users in self._users.items() if not users and vip.ip not in needed]
+        gone = {vip for vip in self._unused if vip.ip not in needed}
         if not gone:
             return
-        leaving = set(gone)
-        leads.remove(gone, [vip for vip in self._users if vip not in leaving])
+        leads.remove(gone, [vip for vip in self._users if vip not in gone])
+        self._unused -= gone
         for vip in gone:
             del self._users[vip]
 

@@ -21,6 +21,8 @@ from socket import (
     SocketType,
 )
 
+from msgspec import Struct
+
 from pyproxy.proxier._poller import EDGE, ENDED, ERROR, HUP, IN, OUT, Poller
 from pyproxy.proxier._splice import Pipe, Pipes
 
@@ -34,6 +36,13 @@ LAST = ENDED | HUP | ERROR
 LINGER_RESET = struct.pack("=ii", 1, 0)
 
 BUFFER = memoryview(bytearray(SMALL))  # nothing stays in it: one thread, no waiting in between
+
+
+class Held(Struct, frozen=True):
+    """What a process knows of one side of a connection, beyond the socket."""
+
+    ended: bool
+    left: bytes  # read from this side, and not taken by the other yet
 
 
 class Connection:
@@ -64,6 +73,22 @@ class Connection:
             with suppress(OSError):
                 side.sock.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_RESET)
         self._over()
+
+    def release(self) -> tuple[Held, Held]:
+        """Relay no more, and leave both sockets open; return what was held of each side."""
+        held = self.near.release(), self.far.release()
+        del self.near.other, self.far.other, self.near.connection, self.far.connection
+        self.closed()
+        return held
+
+    def resume(self, near: Held, far: Held) -> None:
+        """Relay from where somebody else has released both sockets."""
+        self.near.ended, self.near.left = near.ended, near.left or None
+        self.far.ended, self.far.left = far.ended, far.left or None
+        for side in (self.near, self.far):
+            side.watches_writing = side.other.left is not None
+            events = READS_AND_WRITES if side.watches_writing else READS
+            self.poller.add(side.fd, events, side)
 
     def closed(self) -> None:
         """Take note that both sockets are no longer ours."""
@@ -111,6 +136,18 @@ class Side:
         self.pipe: Pipe | None = None
         self.patience = PATIENCE
         self.watches_writing = False
+
+    def release(self) -> Held:
+        """Read nothing more, and return what was read from this side."""
+        left = self.left or b""
+        if self.pipe is not None:
+            left = self.pipe.drained()
+            self.connection.pipes.give_back(self.pipe)
+            self.pipe = None
+        held = Held(self.ended, left)
+        self.connection.poller.discard(self.fd)
+        self.is_over = self.ended = True
+        return held
 
     def ready(self, events: int) -> None:
         """Take note of events of this side's socket."""

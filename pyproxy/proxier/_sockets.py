@@ -8,6 +8,7 @@ import struct
 from contextlib import suppress
 from functools import lru_cache
 from socket import SocketType
+from typing import NamedTuple
 
 from pyproxy.model import Family, Proto
 from pyproxy.rules.guard import DROP_ALL, Program
@@ -143,21 +144,25 @@ def shared(family: Family, proto: Proto) -> socket.socket:
     return sock
 
 
-class Shared:
+class Shared(NamedTuple):
     """The sockets of all frontends: one for connections and one for datagrams."""
 
-    def __init__(self, family: Family) -> None:
-        """Raises ``OSError``."""
-        self.tcp = shared(family, "TCP")
-        try:
-            self.udp = shared(family, "UDP")
-        except OSError:
-            self.tcp.close()
-            raise
+    tcp: socket.socket
+    udp: socket.socket
 
     def close(self) -> None:
         self.tcp.close()
         self.udp.close()
+
+
+def shared_by_all(family: Family) -> Shared:
+    """Return new sockets. Raises ``OSError``."""
+    tcp = shared(family, "TCP")
+    try:
+        return Shared(tcp, shared(family, "UDP"))
+    except OSError:
+        tcp.close()
+        raise
 
 
 def silent(family: Family, proto: Proto) -> socket.socket:

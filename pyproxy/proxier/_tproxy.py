@@ -12,7 +12,7 @@ from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._lookup import Unsupported
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nftarget import delete_tables
-from pyproxy.proxier._sockets import Shared, silent
+from pyproxy.proxier._sockets import Shared, shared_by_all, silent
 from pyproxy.rules import tproxy
 from pyproxy.rules.listeners import Surroundings
 from pyproxy.rules.nft import Element, packed_ip
@@ -27,22 +27,22 @@ Place = tuple[str, bytes]  # a set's name, and a key in it
 class ByRules:
     """Frontends that serve everybody have a rule to the shared sockets; others have their own."""
 
-    def __init__(self, family: Family, table: str = TABLE) -> None:
-        """Make the table anew. Raises ``Unsupported``."""
+    def __init__(self, family: Family, sockets: Shared | None = None, table: str = TABLE) -> None:
+        """The table is made anew by the first ``commit``, whole. Raises ``Unsupported``."""
         self._family = family
         self._table = tproxy.table(family, table)
         self._there: dict[Place, Element] = {}
         self._wanted: dict[Place, Element] = {}
         self._touched: set[Place] = set()
         self._everywhere = False  # node ports are served at all addresses of the node
+        self._is_there: bool | None = None  # the same of the table; None: it is not there yet
         self._sinks: dict[Proto, socket.socket] = {}
         self.sockets: Shared | None = None
         self._nf = NfTables()
         try:
-            self.sockets = Shared(family)
+            self.sockets = sockets or shared_by_all(family)
             for proto in ("TCP", "UDP"):
                 self._sinks[proto] = silent(family, proto)
-            self._send(self._base({"TCP": self.sockets.tcp, "UDP": self.sockets.udp}))
         except OSError as error:
             self.close()
             raise Unsupported(error.strerror) from error
@@ -50,7 +50,7 @@ class ByRules:
     def takes(self, route: Route) -> bool:
         return tproxy.takes(route)
 
-    def put(self, frontend: Frontend, route: Route) -> None:
+    def put(self, frontend: Frontend, route: Route, *, foreign: bool) -> None:
         verdict = TAKE if self.takes(route) else LEAVE
         name, element = tproxy.frontend_element(frontend, self._family, verdict)
         self._want(name, element)
@@ -72,25 +72,34 @@ class ByRules:
             self._want(NODE_PORT_IPS, Element(key))
         for key in there - wanted:
             self._want_no(NODE_PORT_IPS, key)
-        messages = []
-        everywhere = node_port_ips is None
-        if everywhere != self._everywhere:
-            messages = [pack.flush_chain(self._table, tproxy.PREROUTING.name)]
-            rules = tproxy.entrance(node_ports_everywhere=everywhere)
-            messages += [pack.new_rule(self._table, rule) for rule in rules]
-        self._send(messages + self._difference())
-        self._everywhere = everywhere
-        self._done()
+        self._everywhere = node_port_ips is None
 
     def commit(self) -> None:
-        self._send(self._difference())
-        self._done()
+        messages = [] if self._is_there is None else self._entrance()
+        if self._is_there is None and self.sockets is not None:
+            messages = self._base({"TCP": self.sockets.tcp, "UDP": self.sockets.udp})
+        try:
+            self._nf.commit(messages + self._difference())
+        except NfError as error:
+            raise OSError(error.errno, str(error)) from error
+        self._is_there = self._everywhere
+        for place in self._touched:
+            element = self._wanted.get(place)
+            if element is None:
+                self._there.pop(place, None)
+            else:
+                self._there[place] = element
+        self._touched.clear()
 
     def close(self) -> None:
         """Remove the table: packets go where they would without us."""
-        self._nf.close()
         with suppress(OSError, NfError):  # it was never made
             delete_tables([self._table])
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave the table, which is a successor's by now."""
+        self._nf.close()
         for sink in self._sinks.values():
             sink.close()
         if self.sockets is not None:
@@ -108,6 +117,14 @@ class ByRules:
         )
         rules = (*tproxy.rules(doors), *tproxy.entrance(node_ports_everywhere=self._everywhere))
         return messages + [pack.new_rule(table, rule) for rule in rules]
+
+    def _entrance(self) -> list[bytes]:
+        """Return the messages that change where node ports are served."""
+        if self._everywhere == self._is_there:
+            return []
+        rules = tproxy.entrance(node_ports_everywhere=self._everywhere)
+        flush = pack.flush_chain(self._table, tproxy.PREROUTING.name)
+        return [flush, *(pack.new_rule(self._table, rule) for rule in rules)]
 
     def _want(self, name: str, element: Element) -> None:
         self._wanted[name, element.key] = element
@@ -135,29 +152,19 @@ class ByRules:
             messages += pack.new_elements(self._table, name, elements)
         return messages
 
-    def _send(self, messages: list[bytes]) -> None:
-        """Carry out a transaction. Raises ``OSError``."""
-        try:
-            self._nf.commit(messages)
-        except NfError as error:
-            raise OSError(error.errno, str(error)) from error
-
-    def _done(self) -> None:
-        for place in self._touched:
-            element = self._wanted.get(place)
-            if element is None:
-                self._there.pop(place, None)
-            else:
-                self._there[place] = element
-        self._touched.clear()
-
 
 def why_no_rules() -> str | None:
     """Say why this node cannot capture so, by a table that stays for a moment."""
     try:
-        ByRules(4, TRIAL).close()
+        trial = ByRules(4, table=TRIAL)
     except Unsupported as why:
         return str(why)
+    try:
+        trial.commit()
+    except OSError as error:
+        return str(error.strerror)
+    finally:
+        trial.close()
     return None
 
 

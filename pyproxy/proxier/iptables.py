@@ -60,6 +60,8 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 def build(env: Env) -> Proxier:
     tables = tables_of(env.family)
+    if tables.programs.flavour == "legacy":
+        _iptc.load()
     target = IpTarget(tables, partial(ruleset_for, env), partial(tell_drift, env), env.restored)
     env.counted(INVALID, partial(_nfacct.packets, INVALID_DROPPED))
     env.counted(LOCALHOST, partial(_nfacct.packets, LOCALHOST_ACCEPTED))
@@ -164,8 +166,6 @@ async def watch(tables: Iptables, target: IpTarget, env: Env) -> None:
     A chain that only a flush of all rules removes tells of one.
     """
     await target.established.wait()
-    if tables.programs.flavour == "legacy":
-        await asyncio.to_thread(_iptc.load)
     for flavour, programs in programs_of(env.family).items():
         if flavour != tables.programs.flavour:
             await remove_leftovers(tables_with(programs))

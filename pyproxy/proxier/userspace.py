@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from pyproxy.balancer import Picker
-from pyproxy.config import Config, node_port_cidrs, with_setting
+from pyproxy.config import Config, node_port_cidrs, sync_periods, with_setting
 from pyproxy.counters import Entry
 from pyproxy.delta import Delta
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
@@ -21,9 +21,11 @@ from pyproxy.proxier._around import surroundings
 from pyproxy.proxier._bypass import Bypass
 from pyproxy.proxier._capture import WAYS, Capture, best, risk, why_not
 from pyproxy.proxier._fronts import Fronts
+from pyproxy.proxier._handover import Given, Succession, meeting_place
 from pyproxy.proxier._lookup import Unsupported
 from pyproxy.proxier._socketlb import Balanced
 from pyproxy.proxier._socketlb_site import remove_pins
+from pyproxy.proxier._sockets import Shared
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._tproxy import remove_rules
 from pyproxy.proxier._transparent import Transparent
@@ -33,7 +35,7 @@ from pyproxy.reconcile import ApplyError, Difference, Proxier, Reconciler
 from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address, passes_by
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
-DRAIN_SECONDS = 5.0
+REPLIES_SECONDS = 0.5  # for datagrams on their way back, when a successor has taken over
 LEAVING_SECONDS = 2.0  # until a route that open connections kept is looked at again
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,9 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 
 def build(env: Env) -> Proxier:
-    target = Balanced(env, Frontends(env))
+    frontends = Frontends(env)
+    target = Balanced(env, frontends)
+    env.tasks.create_task(watch(frontends, env), name=f"watch routes IPv{env.family}")
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
@@ -88,6 +92,17 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
     return "; ".join([*problems, *([problem] if problem else [])]) or None
 
 
+async def watch(frontends: "Frontends", env: Env) -> None:
+    """Have local routes made again that others removed, for ever."""
+    period, _ = sync_periods(env.config, "userspace")
+    while True:
+        await asyncio.sleep(period)
+        lost = frontends.lost_routes()
+        if lost:
+            env.drifted("local", lost, "somebody")
+            env.resync()
+
+
 class Frontends:
     """The listening sockets of one family and the local routes that lead to them."""
 
@@ -112,6 +127,11 @@ class Frontends:
             self._transparent,
         )
         self._opened: Fronts | None = None
+        self._succession = Succession(
+            meeting_place(env.config.userspace.runtime_dir, env.family),
+            lambda: self._fronts.entrances(),
+            self._retire,
+        )
         self._pickers: dict[ServicePortName, Picker] = {}
         self._local: set[Vip] = set()  # what has a route of ours
         self._leaving: asyncio.TimerHandle | None = None  # for routes that are still in use
@@ -123,12 +143,14 @@ class Frontends:
         """Return what listens; and see which local routes there are, from whomever."""
         if self._vips is None:
             await self._env.host.read()
-            self._opened = Fronts(self._env.family, self._tcp, self._udp, self._way())
+            shared, own = await self._succession.inherited()
+            capture = self._way(shared)
+            self._opened = Fronts(self._env.family, self._tcp, self._udp, capture, own)
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
-            self._bypass = Bypass(self._env.family, RTPROT_PYPROXY)
+            self._bypass = Bypass(self._env.family, RTPROT_PYPROXY, self._vips.netlink)
             if self._transparent is not None:
-                self._transparent.switch_on()
+                self._transparent.switch_on(self._vips.netlink)
             else:
                 transparent.remove(self._env.family)  # of an earlier process
         try:
@@ -138,7 +160,12 @@ class Frontends:
         return self._fronts.listeners()
 
     async def apply(self, delta: Delta[Frontend, Listener]) -> Mapping[Frontend, str]:
-        """Open before routing to it, and route elsewhere before closing."""
+        """Open before routing to it, and route elsewhere before closing.
+
+        By the end of the first one everything is there that a predecessor has served.
+        """
+        if self._succession.is_over:
+            return {}
         changed = dict(delta.added) | {f: new for f, (_old, new) in delta.changed.items()}
         refused: dict[Frontend, str] = {}
         by_owner: dict[ServicePortName, dict[Frontend, Listener]] = {}
@@ -155,7 +182,17 @@ class Frontends:
         self._unroute(self._local - wanted.keys())
         self._close(delta.removed)
         self._commit()
+        await self._succession.begin(self._tcp.take_over)
         return refused
+
+    def lost_routes(self) -> int:
+        """Return how many of our routes others removed; none where nobody can tell."""
+        if self._vips is None:
+            return 0
+        try:
+            return len(self._local - self._vips.listed())
+        except OSError:
+            return 0  # the next sync will say so
 
     async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
         """Look at our sockets, and at the kernel's local routes. Raises ``ApplyError``."""
@@ -183,25 +220,34 @@ class Frontends:
             raise ApplyError(problem)
 
     async def aclose(self) -> None:
-        """Stop listening, give open connections a moment, and let go of the rest."""
+        """Serve until a successor does, or for so long as is set; then let go of everything."""
         if self._leaving is not None:
             self._leaving.cancel()
-        if self._opened is not None:
+        await self._succession.wait(self._env.config.userspace.drain_timeout_seconds)
+        self._succession.close()
+        if self._succession.is_over:
+            if self._udp.open_count:
+                await asyncio.sleep(REPLIES_SECONDS)
+            self._fronts.end()
+        elif self._opened is not None:
             self._close(self._opened.listeners())
             self._opened.aclose()
-        try:
-            async with asyncio.timeout(DRAIN_SECONDS):
-                await self._tcp.drained()
-        except TimeoutError:
+        if self._tcp.open_count:
             log.info("closing connections", extra={"open": self._tcp.open_count})
         self._tcp.close_all()
         self._udp.close_all()
-        if self._transparent is not None:
-            self._transparent.close()
-        if self._vips is not None:
-            self._vips.close()
-        if self._bypass is not None:
-            self._bypass.close()
+        for opened in (self._transparent, self._vips, self._bypass):
+            if opened is not None:
+                opened.close()
+
+    async def _retire(self) -> list[Given]:
+        """Let nobody in any more; return the connections that there are, for a successor."""
+        self._fronts.retire()
+        given = await self._tcp.surrender()
+        self._fronts.leave()
+        if self._leaving is not None:
+            self._leaving.cancel()
+        return given
 
     def _serve(
         self, owner: ServicePortName, listeners: dict[Frontend, Listener]
@@ -314,14 +360,14 @@ class Frontends:
         others = sorted(ip for ip in own if not is_loopback(ip) and not ip.startswith("fe80:"))
         return next(iter(preferred + others), None)
 
-    def _way(self) -> Capture:
+    def _way(self, inherited: Shared | None) -> Capture:
         """Return the way to capture that the settings name, or the best there is.
 
         Raises ``ApplyError`` when it cannot be had.
         """
         name = self._env.config.userspace.capture
         try:
-            return WAYS[best() if name == "auto" else name](self._env.family)
+            return WAYS[best() if name == "auto" else name](self._env.family, inherited)
         except Unsupported as why:
             raise ApplyError(f"userspace.capture: {name}: {why}") from why
 

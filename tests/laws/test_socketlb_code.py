@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyproxy.model import Address, Drop, Forward, Reject
+from pyproxy.model import Address, Drop, Forward, Pass, Reject
 from tests.laws.test_trace import FAMILIES, PLACES, clusters, is_affine, packets
 from tests.trace.packet import REFUSED, UNTOUCHED
 from tests.trace.plan import route_of
@@ -56,7 +56,7 @@ def is_left(route, packet, world):
         return True
     action = planned(route, packet)
     if packet.sender.is_here or not isinstance(action, Forward):
-        return isinstance(action, Drop)
+        return isinstance(action, Drop | Pass)
     itself = any(b.address.ip == packet.sender.ip for b in action.pool.backends)
     return action.masquerade or itself
 

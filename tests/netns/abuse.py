@@ -12,13 +12,16 @@ def open_files():
 
 
 def connection_counts(node):
-    fronts = node.carrier._target._fronts._held.values()
+    fronts = node.frontends._fronts._held.values()
     return [dict(held.front.picker._open) for held in fronts if held.front is not None]
 
 
 async def becomes(wanted, measured):
-    """Wait until what is measured is as wanted, for some seconds; return what it is."""
-    for _ in range(200):
+    """Wait until what is measured is as wanted, for some seconds; return what it is.
+
+    After very many trials longer: where a queue of the kernel was full, ends are sent again late.
+    """
+    for _ in range(max(200, TRIALS // 4)):
         if measured() == wanted:
             break
         await asyncio.sleep(0.02)

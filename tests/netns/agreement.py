@@ -122,10 +122,26 @@ async def changed(stage):
 
 
 async def tampered(stage, mode):
-    """Break one thing behind the proxy's back, and return what explain says of it at once."""
+    """Break one thing behind the proxy's back, and return what commands say of it."""
     with stage.lab.inside(NODES[0].name):
         break_in(mode)
-    return await stage.command("explain", "service/shop/apart")
+    explained = await stage.command("explain", "service/shop/apart")
+    return {
+        "explain": explained,
+        "reported": await stage.command("audit", "--repair=false"),
+        "repaired": await stage.command("audit"),
+        "later": await agreeing(stage),
+    }
+
+
+async def agreeing(stage):
+    """Return what diff says once it finds nothing, or at last."""
+    for _ in range(50):
+        found = await stage.command("diff")
+        if found.code == 0:
+            break
+        await asyncio.sleep(0.2)
+    return found
 
 
 def break_in(mode):

@@ -94,7 +94,13 @@ class Node:
                 config,
                 mode=mode,
                 cluster_cidr=config.cluster_cidr or pods,
-                userspace=structs.replace(config.userspace, capture=CAPTURE),
+                userspace=structs.replace(
+                    config.userspace,
+                    capture=CAPTURE,
+                    # Only tests of it say for which sockets: others are about the relay.
+                    socket_lb=config.userspace.socket_lb if config.userspace.cgroup else "off",
+                    drain_timeout_seconds=0.0,
+                ),
             ),
             clock=clock,
             tasks=tasks,
@@ -104,6 +110,11 @@ class Node:
             observe=self.observer.connection,
             resync=self.lane.resync,
         )
+
+    @property
+    def frontends(self):
+        """Return the target that listens, in mode userspace."""
+        return self.carrier._target._listeners
 
     def vip(self, number=1):
         return VIP[self.family].format(number)

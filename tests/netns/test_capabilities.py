@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pyproxy.proxier._iptables import programs_of
+from pyproxy.proxier._flavour import programs_of
 from pyproxy.proxier.ipvs import unsupported
 from tests.deploy.tools import MODES, kustomized, mode_components, only
 from tests.netns.container import PATIENCE_SECONDS, Pod
@@ -22,13 +22,14 @@ from tests.netns.standin import (
 )
 
 pytestmark = [pytest.mark.asyncio(loop_factories=["asyncio"]), pytest.mark.usefixtures("uplink")]
-WITHOUT = [  # mode, capability, and what is in the log without it
+WITHOUT = [  # mode, capabilities, and what is in the log without it
     ("nftables", "NET_ADMIN", "pyproxy: mode: nftables cannot work on this node"),
     ("iptables", "NET_ADMIN", "pyproxy: mode: iptables cannot work on this node"),
     ("iptables", "NET_RAW", "Can't open socket to ipset"),
     ("userspace", "NET_ADMIN", "cannot make 10.96.0.10 local to this node"),
-    ("userspace", "NET_BIND_SERVICE", "port 80 is privileged"),
+    ("userspace", "NET_BIND_SERVICE BPF", "port 80 is privileged"),  # where bpf(2) is not let pass
     ("userspace", "BPF", "undefined ports of Service addresses will refuse"),
+    ("userspace", "PERFMON", "undefined ports of Service addresses will refuse"),
 ]
 POLL_SECONDS = 0.1
 LEFT = "KUBE-SVC-LEFTBYKUBEPROXY"
@@ -70,7 +71,7 @@ async def test_a_pod_serves_with_the_capabilities_of_its_manifest(mode, tmp_path
         async with pod.running("pyproxy") as pyproxy:
             await pyproxy.until_logged("serving")
             assert [await answer(f) for f in (CLUSTER_IP, NODE_PORT)] == ["web-1", "web-1"]
-            if mode == "userspace":  # what CAP_BPF is for
+            if mode == "userspace":  # what CAP_BPF and CAP_PERFMON are for
                 assert await answer(UNDEFINED, 0.3) == "timed out"
             assert await pyproxy.stop() == 0
         assert "cannot clean up after others" not in pyproxy.log
@@ -81,7 +82,7 @@ async def test_a_pod_serves_with_the_capabilities_of_its_manifest(mode, tmp_path
 async def test_no_capability_is_there_for_nothing(mode, capability, words, tmp_path):
     async with cluster() as api:
         pod = deployed(tmp_path, api, *mode_components(mode))
-        async with pod.running("pyproxy", without=[capability]) as pyproxy:
+        async with pod.running("pyproxy", without=capability.split()) as pyproxy:
             await pyproxy.until_logged(words)
 
 

@@ -72,7 +72,7 @@ def test_wait_sees_a_service_go_and_come_back(told):
 
 
 def test_explain_tells_what_somebody_else_has_changed(told):
-    code, output, errors = told["tampered"]
+    code, output, errors = told["tampered"]["explain"]
     assert (code, errors) == (0, "")
     expected = {
         "nftables": "agreed with the kernel",  # nothing was broken
@@ -80,6 +80,14 @@ def test_explain_tells_what_somebody_else_has_changed(told):
         "userspace": "NOT AS WRITTEN in our sockets, 1 of",
     }
     assert expected[told["mode"]] in output
+
+
+def test_an_audit_tells_what_differs_and_has_it_put_right(told):
+    found, broken = told["tampered"], told["mode"] != "nftables"
+    assert found["reported"][0] == found["repaired"][0] == int(broken)
+    assert ("differ" in found["reported"][1]) == broken
+    assert ("being put right" in found["repaired"][1]) == broken
+    assert (found["later"][0], "agree" in found["later"][1]) == (0, True)
 
 
 def test_the_page_of_the_commands_shows_what_they_say_now():

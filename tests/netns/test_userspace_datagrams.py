@@ -69,7 +69,7 @@ async def test_a_thousand_udp_clients_have_flows_that_end_with_their_silence(mon
             await node.service("dns", 1, port=53, proto="UDP")
             await node.endpoints("dns", backend.address, proto="UDP")
             assert await node.ask_udp(node.vip(1), 53) == b"?"  # by now all is open that stays
-            relay = node.carrier._target._udp
+            relay = node.frontends._udp
             assert await becomes(0, lambda: relay.open_count) == 0
             files = open_files()
 
@@ -94,9 +94,9 @@ async def test_flows_go_with_their_frontend():
             await node.service("dns", 1, port=53, proto="UDP")
             await node.endpoints("dns", backend.address, proto="UDP")
             assert await node.ask_udp(node.vip(1), 53) == b"?"
-            assert node.carrier._target._udp.open_count == 1
+            assert node.frontends._udp.open_count == 1
             await node.endpoints("dns", proto="UDP")
-            assert node.carrier._target._udp.open_count == 0
+            assert node.frontends._udp.open_count == 0
 
 
 async def test_a_datagram_after_a_refusal_finds_another_backend():
@@ -126,4 +126,4 @@ async def test_flows_leave_file_descriptors_for_connections(monkeypatch):
             await node.endpoints("dns", backend.address, proto="UDP")
             for _ in range(200):
                 assert await node.ask_udp(node.vip(1), 53) == b"?"
-            assert 32 < node.carrier._target._udp.open_count <= 80
+            assert 32 < node.frontends._udp.open_count <= 80

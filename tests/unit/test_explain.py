@@ -36,7 +36,7 @@ def view(
     node_port_ips=(NODE_IP,),
     allow_external_ips=True,
     cloud="",
-    balances_sockets=False,
+    keeps_client_address=True,
     **site,
 ):
     cache = Cache(4, allow_external_ips=allow_external_ips, cloud=cloud)
@@ -52,7 +52,7 @@ def view(
     )
     ips = frozenset(node_port_ips)
     family = FamilyView(4, cache, planner.plan, where, around, ips)
-    return View("node-a", mode, (family,), allow_external_ips, cloud, balances_sockets)
+    return View("node-a", mode, (family,), allow_external_ips, cloud, keeps_client_address)
 
 
 def web(*endpoints, **fields):
@@ -209,15 +209,15 @@ def test_masquerading_has_a_reason(fields, kind, expected):
     assert all(found[o].masquerade == bool(text) for o, text in expected.items())
 
 
-def test_in_mode_userspace_backends_never_see_the_client():
-    own = "mode userspace makes a connection of its own"
-    found = cases(web(here(1)), mode="userspace")
-    assert {case.masquerade_reason for case in found.values()} == {own}
-    found = cases(web(here(1)), mode="userspace", balances_sockets=True)
-    balanced = f"{own}, unless the socket was balanced when it connected"
-    assert {o: c.masquerade_reason for o, c in found.items()} == {
-        "pod": balanced, "node": balanced, "outside": own,
-    }  # fmt: skip
+def test_in_mode_userspace_backends_see_the_client_only_where_answers_come_back():
+    found = cases(web(here(1), **LOCAL), "LoadBalancer", mode="userspace")
+    assert {o: (c.masquerade, c.masquerade_reason) for o, c in found.items()} == {
+        "pod": (False, "only where answers would not come back by this node"),
+        "node": (True, "the connection is the node's own"),
+        "outside": (False, "only where answers would not come back by this node"),
+    }
+    never = cases(web(here(1)), mode="userspace", keeps_client_address=False)["pod"]
+    assert never.masquerade_reason == "mode userspace makes a connection of its own"
 
 
 # --- one connection -------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   "nftables" (list "NET_ADMIN")
   "iptables" (list "NET_ADMIN" "NET_RAW")
   "ipvs" (list "NET_ADMIN")
-  "userspace" (list "NET_ADMIN" "NET_BIND_SERVICE" "BPF") }}
+  "userspace" (list "NET_ADMIN" "NET_BIND_SERVICE" "BPF" "PERFMON") }}
 {{- $found := get $byMode .Values.mode }}
 {{- if not $found }}{{ fail (printf "mode: %s is none of nftables, iptables, ipvs and userspace" .Values.mode) }}{{ end }}
 {{- if .Values.fromIptablesLegacy }}{{ $found = append $found "NET_RAW" | uniq }}{{ end }}

@@ -1,0 +1,99 @@
+"""The flags that kube-proxy has not."""
+
+from typing import Final
+
+from pyproxy.config import CAPTURES, SERVICE_METRICS, SOCKET_LB
+from pyproxy.config.flags_kinds import BOOL, CIDRS, DURATION, LOOP, STRING, Flag, Group
+
+OWN: Final = Group(
+    "pyproxy's own",
+    (
+        Flag(
+            "manifests",
+            STRING,
+            "",
+            "Take Services and EndpointSlices from this file or directory instead of an API "
+            "server.",
+            placeholder="PATH",
+        ),
+        Flag("service-cidr", CIDRS, "", "With --manifests: the ranges of cluster IPs."),
+        Flag(
+            "control-socket",
+            STRING,
+            "",
+            "Where commands such as pyproxy explain are answered, to root; empty: nowhere.",
+            placeholder="PATH",
+        ),
+        Flag(
+            "state-dir",
+            STRING,
+            "",
+            "Where the cluster's last known state is kept, for a start without the API server; "
+            "empty: nowhere.",
+            placeholder="PATH",
+        ),
+        Flag(
+            "cloud-annotations",
+            STRING,
+            "cloud_annotations",
+            "The cloud whose annotations of Services count: huawei.",
+            placeholder="CLOUD",
+        ),
+        Flag(
+            "service-metrics",
+            STRING,
+            "service_metrics",
+            "What to count connections of apart, for metrics and pyproxy top: one of "
+            f"{', '.join(SERVICE_METRICS)}.",
+            placeholder="WHAT",
+        ),
+        Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
+    ),
+)
+
+USERSPACE: Final = Group(
+    "Mode userspace",
+    (
+        Flag(
+            "userspace-capture",
+            STRING,
+            "userspace.capture",
+            "How packets for Services come to our sockets: one of "
+            f"{', '.join(CAPTURES)}; auto is the first that works.",
+            placeholder="HOW",
+        ),
+        Flag(
+            "userspace-socket-lb",
+            STRING,
+            "userspace.socket_lb",
+            f"{' or '.join(SOCKET_LB)}: choose endpoints where pods and this node connect.",
+            placeholder="WHEN",
+        ),
+        Flag(
+            "userspace-cgroup",
+            STRING,
+            "userspace.cgroup",
+            "Choose endpoints for the processes of this cgroup (v2); all, if not given.",
+            placeholder="PATH",
+        ),
+        Flag(
+            "userspace-keep-client-address",
+            BOOL,
+            "userspace.keep_client_address",
+            "Let endpoints see their client's address, as far as the other modes do.",
+        ),
+        Flag(
+            "userspace-drain-timeout",
+            DURATION,
+            "userspace.drain_timeout_seconds",
+            "How long to serve after SIGTERM, until a successor has taken over.",
+        ),
+        Flag(
+            "userspace-runtime-dir",
+            STRING,
+            "userspace.runtime_dir",
+            "Where a successor finds this process; /run/pyproxy if not given.",
+            placeholder="PATH",
+        ),
+    ),
+)
