@@ -9,8 +9,8 @@ from pyproxy.model import Family
 from pyproxy.reconcile import ApplyError, Proxier
 from pyproxy.service_metrics import ServiceMetrics
 
-ATTEMPTS = 20  # to read between two syncs
-PAUSE_SECONDS = 0.05
+ATTEMPTS = 5  # to read between two syncs: to list all rules may take seconds
+PAUSE_SECONDS = 0.2
 FRESH_SECONDS = 0.5  # what was read a moment ago is read once for all who ask
 
 log = logging.getLogger(__name__)

@@ -197,6 +197,8 @@ class Reconciler(Generic[K, V]):
         None if a sync runs, came in between, or failed: whose an entry is, is not known then.
         Raises ``ApplyError`` where the target cannot be asked.
         """
+        if self._written is None:
+            return None
         syncs = self._syncs
         entries = await self._target.counters(by_endpoint=by_endpoint)
         if self._syncs != syncs or self._written is None:

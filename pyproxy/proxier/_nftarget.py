@@ -128,11 +128,10 @@ class NfTarget:
         messages = self._messages(delta)
         packed = [*self._fixed, *messages.packed(self._table)]
         try:
-            self._remember_counts(messages)
             if len(delta.added) + len(delta.removed) > IN_A_THREAD:
-                await asyncio.to_thread(self._commit, packed)
+                await asyncio.to_thread(self._carry_out, packed, messages)
             else:
-                self._commit(packed)
+                self._carry_out(packed, messages)
         except (NfError, OSError) as error:
             raise ApplyError(str(error)) from error
         self._fixed = []
@@ -342,12 +341,14 @@ class NfTarget:
             messages.insert.setdefault(container, []).append(element_of(key, content))
             held[key] = content
 
-    def _remember_counts(self, messages: Messages) -> None:
-        """Keep what elements have counted that are about to go: new ones begin at zero."""
-        if not self._counted or self._fixed:
-            return  # what is made from nothing has lost its counts already, or soon will
-        doomed = {n: found for n, found in messages.remove.items() if n in self._counted}
-        self._ended += _nfcount.last(self._socket(), self._table, doomed)
+    def _carry_out(self, packed: list[bytes], messages: Messages) -> None:
+        """Commit, and keep what elements have counted that are gone then."""
+        ended: list[Entry[Item]] = []
+        if self._counted and not self._fixed:  # else nothing counts, or all is made from nothing
+            doomed = {n: found for n, found in messages.remove.items() if n in self._counted}
+            ended = _nfcount.last(self._socket(), self._table, doomed)
+        self._commit(packed)
+        self._ended += ended
 
     def _commit(self, messages: list[bytes]) -> None:
         if not messages:
