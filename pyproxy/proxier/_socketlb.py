@@ -7,7 +7,7 @@ depends on it.
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -32,8 +32,12 @@ Listeners = Target[Frontend, Listener]
 class Balanced:
     """The listeners of one family, and sockets that are given backends before they get there."""
 
-    def __init__(self, env: Env, listeners: Listeners) -> None:
+    def __init__(
+        self, env: Env, listeners: Listeners, is_over: Callable[[], bool] = lambda: False
+    ) -> None:
+        """``is_over`` says whether a successor serves, which has the same maps."""
         self._env = env
+        self._is_over = is_over
         self._listeners = listeners
         self._sockets: SocketBalancer | None = None
         self._looked = False
@@ -53,6 +57,8 @@ class Balanced:
 
     async def apply(self, delta: Delta[Frontend, Listener]) -> Mapping[Frontend, str]:
         """Have the listeners serve first: whatever goes wrong here goes on to them."""
+        if self._is_over():
+            return {}
         self._withdraw(delta.removed)
         refused = await self._listeners.apply(delta)
         if self._sockets is None:

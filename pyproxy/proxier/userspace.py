@@ -64,7 +64,7 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 def build(env: Env) -> Proxier:
     frontends = Frontends(env)
-    target = Balanced(env, frontends)
+    target = Balanced(env, frontends, lambda: frontends.is_over)
     env.tasks.create_task(watch(frontends, env), name=f"watch routes IPv{env.family}")
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
@@ -139,6 +139,11 @@ class Frontends:
         self._bypass: Bypass | None = None
         env.host.on_change(self._look_around)
 
+    @property
+    def is_over(self) -> bool:
+        """Say whether a successor serves."""
+        return self._succession.is_over
+
     async def adopt(self) -> Mapping[Frontend, Listener]:
         """Return what listens; and see which local routes there are, from whomever."""
         if self._vips is None:
@@ -164,7 +169,7 @@ class Frontends:
 
         By the end of the first one everything is there that a predecessor has served.
         """
-        if self._succession.is_over:
+        if self.is_over:
             return {}
         changed = dict(delta.added) | {f: new for f, (_old, new) in delta.changed.items()}
         refused: dict[Frontend, str] = {}
@@ -220,7 +225,7 @@ class Frontends:
             self._leaving.cancel()
         await self._succession.wait(self._env.config.userspace.drain_timeout_seconds)
         self._succession.close()
-        if self._succession.is_over:
+        if self.is_over:
             if self._udp.open_count:
                 await asyncio.sleep(REPLIES_SECONDS)
             self._fronts.end()
@@ -343,7 +348,7 @@ class Frontends:
         serving = node_port_ips(env, loopback=True)
         if serving is None and not env.config.iptables.localhost_node_ports:
             serving = tuple(sorted(ip for ip in self._around.node_ips if not is_loopback(ip)))
-        if self._opened is not None:
+        if self._opened is not None and not self.is_over:
             self._opened.surround(self._around, serving)
 
     def _source(self) -> str | None:
