@@ -11,19 +11,17 @@ from msgspec.structs import replace
 
 from pyproxy.health import rfc3339
 from pyproxy.ip import canonical_ip
+from pyproxy.listing import effect
 from pyproxy.model import (
     PROTOS,
     Action,
     Backend,
-    Drop,
     Endpoint,
     Forward,
     Frontend,
-    Pass,
     Pool,
     PortPlan,
     Proto,
-    Reject,
     Route,
     Service,
     ServicePort,
@@ -222,18 +220,6 @@ def action_from(route: Route, origin: Origin) -> Action:
             return route.from_node
         case "outside":
             return route.from_outside
-
-
-def effect(action: Action) -> str:
-    match action:
-        case Forward():
-            return "forward"
-        case Reject():
-            return "reject"
-        case Drop():
-            return "drop"
-        case Pass():
-            return "pass"
 
 
 def shares(pool: Pool, endpoints: Sequence[Endpoint]) -> Iterator[Share]:

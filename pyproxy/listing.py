@@ -303,6 +303,14 @@ def action_text(action: Action) -> str:
         case Forward(pool=pool, masquerade=masquerade):
             count = len(pool.backends)
             return f"forward to {count}{', masquerade' if masquerade else ''}"
+        case _:
+            return effect(action)
+
+
+def effect(action: Action) -> str:
+    match action:
+        case Forward():
+            return "forward"
         case Reject():
             return "reject"
         case Drop():

@@ -97,6 +97,28 @@ class Proxier(Protocol):
     async def aclose(self) -> None: ...
 
 
+class Outer:
+    """What stands around a ``Proxier``, and leaves to it whatever it has nothing to add to."""
+
+    def __init__(self, inner: Proxier) -> None:
+        self._inner = inner
+
+    def distrust(self) -> None:
+        self._inner.distrust()
+
+    async def verify(self, owners: Owners) -> Verified | None:
+        return await self._inner.verify(owners)
+
+    async def counters(self, *, by_endpoint: bool) -> Reading | None:
+        return await self._inner.counters(by_endpoint=by_endpoint)
+
+    async def clear(self) -> None:
+        await self._inner.clear()
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
 class Reconciler(Generic[K, V]):
     """A ``Proxier`` made of one pure function and one target.
 

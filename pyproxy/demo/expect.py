@@ -70,9 +70,8 @@ ORIGINS = (
     Origin("outside", CLIENT.name, frozenset(CLIENT.ips)),
 )
 
-# Who keeps the client's address: (kind, whether external policy Local applies, origin). A forwarder
-# in user space keeps nobody's, because it is the client of the pods itself.
-KERNEL_KEEPS: frozenset[tuple[FrontendKind, bool, OriginName]] = frozenset(
+# Who keeps the client's address: (kind, whether external policy Local applies, origin).
+KEEPS: frozenset[tuple[FrontendKind, bool, OriginName]] = frozenset(
     {
         ("ClusterIP", False, "pod"),
         ("LoadBalancer", True, "pod"),
@@ -81,12 +80,6 @@ KERNEL_KEEPS: frozenset[tuple[FrontendKind, bool, OriginName]] = frozenset(
         ("NodePort", True, "outside"),
     }
 )
-KEEPS: Mapping[str, frozenset[tuple[FrontendKind, bool, OriginName]]] = {
-    "userspace": frozenset(),
-    "iptables": KERNEL_KEEPS,
-    "nftables": KERNEL_KEEPS,
-    "ipvs": KERNEL_KEEPS,
-}
 
 # Modes that choose by chance need this many requests to reach each of six pods for certain: it
 # fails once in ten million rows.
@@ -96,7 +89,7 @@ LEAST_REFUSALS = 3
 
 
 def cases(
-    addresses: Iterable[ServiceAddress], services: Iterable[Object], pods: Sequence[Pod], mode: str
+    addresses: Iterable[ServiceAddress], services: Iterable[Object], pods: Sequence[Pod]
 ) -> tuple[Case, ...]:
     """Return what must be true of every address, asked from everywhere."""
     empty = {
@@ -107,7 +100,7 @@ def cases(
             asked,
             origin,
             frozenset() if asked.service in empty else _answering(asked, origin, pods),
-            _seen(asked, origin, mode),
+            _seen(asked, origin),
         )
         for asked in addresses
         for origin in ORIGINS
@@ -119,8 +112,8 @@ def _answering(asked: ServiceAddress, origin: Origin, pods: Iterable[Pod]) -> fr
     return frozenset(pod.name for pod in pods if pod.node == HERE.name or not only_here)
 
 
-def _seen(asked: ServiceAddress, origin: Origin, mode: str) -> Seen:
-    kept = (asked.kind, asked.local, origin.name) in KEEPS[mode]
+def _seen(asked: ServiceAddress, origin: Origin) -> Seen:
+    kept = (asked.kind, asked.local, origin.name) in KEEPS
     return "its own" if kept else "the node's"
 
 

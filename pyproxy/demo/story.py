@@ -163,7 +163,7 @@ class Demo:
     async def play(self) -> Outcome:
         """Ask everything from everywhere, replace pods under load, and ask again."""
         rows = await self._asked(self._addresses, PODS)
-        for sentence in (*notes(self._mode), *explained(self._services, self._addresses)):
+        for sentence in (*notes(), *explained(self._services, self._addresses)):
             self._say("")
             self._say_all(paragraph(sentence))
         self._say("\nrolling update of node-1's pods, while pod and client keep asking:")
@@ -193,7 +193,7 @@ class Demo:
     async def _asked(
         self, addresses: Iterable[ServiceAddress], pods: Sequence[Pod]
     ) -> tuple[Row, ...]:
-        todo = cases(addresses, self._services, pods, self._mode)
+        todo = cases(addresses, self._services, pods)
         rows = tuple([await self._row(case) for case in todo])
         self._say_all(table(rows, [pod.name for pod in pods], self._look))
         return rows
@@ -246,21 +246,17 @@ class Demo:
             self._say(line)
 
 
-def notes(mode: str) -> tuple[str, ...]:
+def notes() -> tuple[str, ...]:
     """Return what a reader of the table may wonder about."""
     local = (
         "my-nginx-local has externalTrafficPolicy: Local. From outside only the pods of node-1"
         " answer, which is the node that was asked; the cluster's own pods and nodes reach all."
     )
-    forwarder = (
-        "Pods see the node's address: in userspace mode pyproxy accepts the connection and makes"
-        " one of its own to the pod. Kernel modes can keep the client's."
-    )
-    kernel = (
+    clients = (
         "Pods see the client's own address inside the cluster, and from outside where"
         " externalTrafficPolicy is Local; elsewhere the node's, so that replies pass through it."
     )
-    return (forwarder if mode == "userspace" else kernel, local)
+    return clients, local
 
 
 async def _ask(lab: Lab, origin: Origin, address: Address) -> Reply:

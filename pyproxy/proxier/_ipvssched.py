@@ -10,12 +10,11 @@ import logging
 from collections.abc import Callable, Iterable
 
 from pyproxy.cache import Owners
-from pyproxy.counters import Reading
 from pyproxy.model import Frontend, PortPlan
 from pyproxy.plan import Plan
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.proxier._ipvsnl import Ipvs
-from pyproxy.reconcile import Proxier, Verified
+from pyproxy.reconcile import Outer, Proxier
 from pyproxy.report import SyncReport
 from pyproxy.rules.ipvs import FALLBACK, Server
 
@@ -70,13 +69,13 @@ class Schedulers:
             ipvs.close()
 
 
-class Scheduled:
+class Scheduled(Outer):
     """A proxier of mode ipvs that asks for the schedulers of Services before they are written."""
 
     def __init__(
         self, inner: Proxier, schedulers: Schedulers, wanted: Callable[[PortPlan], frozenset[str]]
     ) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._schedulers = schedulers
         self._wanted = wanted
         self._told: set[tuple[str, str]] = set()
@@ -96,19 +95,7 @@ class Scheduled:
 
     def distrust(self) -> None:
         self._schedulers.forget()
-        self._inner.distrust()
-
-    async def verify(self, owners: Owners) -> Verified | None:
-        return await self._inner.verify(owners)
-
-    async def counters(self, *, by_endpoint: bool) -> Reading | None:
-        return await self._inner.counters(by_endpoint=by_endpoint)
-
-    async def clear(self) -> None:
-        await self._inner.clear()
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
+        super().distrust()
 
 
 def tell(lacking: set[tuple[str, str]]) -> None:

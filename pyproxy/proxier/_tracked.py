@@ -9,13 +9,12 @@ import logging
 
 from pyproxy.cache import Owners
 from pyproxy.config import Config
-from pyproxy.counters import Reading
 from pyproxy.plan import Plan
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import surroundings
 from pyproxy.proxier._conntrack import Conntrack, clean
 from pyproxy.proxier._sysctls import apply, count_cpus, wanted
-from pyproxy.reconcile import Proxier, Verified
+from pyproxy.reconcile import Outer, Proxier
 from pyproxy.report import SyncReport
 from pyproxy.rules.flows import Pending, Review
 
@@ -27,11 +26,11 @@ def set_limits(config: Config) -> tuple[str, ...]:
     return tuple(str(unset) for unset in apply(wanted(config.conntrack, count_cpus())))
 
 
-class Tracked:
+class Tracked(Outer):
     """A proxier of a kernel mode, and the flows that its syncs leave behind."""
 
     def __init__(self, inner: Proxier, env: Env) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._env = env
         self._pending = Pending()
         self._failing = False
@@ -44,21 +43,6 @@ class Tracked:
             if review:
                 await self._clean(review)
         return report
-
-    def distrust(self) -> None:
-        self._inner.distrust()
-
-    async def verify(self, owners: Owners) -> Verified | None:
-        return await self._inner.verify(owners)
-
-    async def counters(self, *, by_endpoint: bool) -> Reading | None:
-        return await self._inner.counters(by_endpoint=by_endpoint)
-
-    async def clear(self) -> None:
-        await self._inner.clear()
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
 
     async def _clean(self, review: Review) -> None:
         """Delete what the review condemns. That it fails is told, and is no failed sync."""

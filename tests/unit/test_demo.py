@@ -14,7 +14,6 @@ from pyproxy.demo.cluster import (
     service_objects,
 )
 from pyproxy.demo.expect import (
-    KEEPS,
     MOST_REQUESTS,
     ORIGINS,
     Case,
@@ -33,7 +32,6 @@ from pyproxy.demo.story import notes
 from pyproxy.demo.table import WIDTH, Look, Row, as_json, bar, closing, paragraph, table
 from pyproxy.demo.traffic import answer, reply
 from pyproxy.model import Address
-from pyproxy.proxier import PREFERENCE
 
 POD, NODE, OUTSIDE = ORIGINS
 SERVICES = service_objects(ipv6=True)
@@ -123,12 +121,12 @@ def test_the_manifests_folder_follows_the_pods(tmp_path):
     ],
 )
 def test_who_must_answer(local, origin, expected):
-    made = cases([service_address("LoadBalancer", local=local)], SERVICES, PODS, "nftables")
+    made = cases([service_address("LoadBalancer", local=local)], SERVICES, PODS)
     assert {c.origin: c.pods for c in made}[origin] == expected
 
 
 def test_a_service_that_selects_no_pod_must_refuse_everywhere():
-    made = cases([service_address(service="nobody-home")], SERVICES, PODS, "userspace")
+    made = cases([service_address(service="nobody-home")], SERVICES, PODS)
     assert [(c.origin.name, c.result) for c in made] == [
         ("pod", "refused"),
         ("node", "refused"),
@@ -137,24 +135,18 @@ def test_a_service_that_selects_no_pod_must_refuse_everywhere():
 
 
 @pytest.mark.parametrize(
-    ("mode", "kind", "local", "own"),
+    ("kind", "local", "own"),
     [
-        pytest.param("userspace", "ClusterIP", False, [], id="a forwarder is the client itself"),
-        pytest.param("userspace", "LoadBalancer", True, [], id="a forwarder, even with Local"),
-        pytest.param("nftables", "ClusterIP", False, ["pod"], id="cluster IP: pods keep theirs"),
-        pytest.param("nftables", "LoadBalancer", False, [], id="policy Cluster masquerades"),
-        pytest.param("nftables", "NodePort", False, [], id="so for node ports"),
-        pytest.param("iptables", "LoadBalancer", True, ["pod", "outside"], id="Local keeps it"),
-        pytest.param("ipvs", "NodePort", True, ["pod", "outside"], id="Local keeps it, node port"),
+        pytest.param("ClusterIP", False, ["pod"], id="cluster IP: pods keep theirs"),
+        pytest.param("LoadBalancer", False, [], id="policy Cluster masquerades"),
+        pytest.param("NodePort", False, [], id="so for node ports"),
+        pytest.param("LoadBalancer", True, ["pod", "outside"], id="Local keeps it"),
+        pytest.param("NodePort", True, ["pod", "outside"], id="Local keeps it, node port"),
     ],
 )
-def test_whose_address_pods_see(mode, kind, local, own):
-    made = cases([service_address(kind, local=local)], SERVICES, PODS, mode)
+def test_whose_address_pods_see(kind, local, own):
+    made = cases([service_address(kind, local=local)], SERVICES, PODS)
     assert [c.origin.name for c in made if c.seen == "its own"] == own
-
-
-def test_every_mode_has_its_expectations():
-    assert set(KEEPS) == set(PREFERENCE)
 
 
 # --- how many requests ----------------------------------------------------------------------------
@@ -313,16 +305,15 @@ def test_a_bar_is_as_long_as_the_share(count, most, text):
     assert bar(count, most, Look()) == text
 
 
-@pytest.mark.parametrize("mode", PREFERENCE)
-def test_all_lines_are_short(mode):
+def test_all_lines_are_short():
     asked = service_addresses(SERVICES, NODES[0])
     rows = [
         Row(c, tuple(replies), judged(c, replies))
-        for c in cases(asked, SERVICES, PODS, mode)
+        for c in cases(asked, SERVICES, PODS)
         for replies in [round_of(c.pods, client="2001:db8::50", times=16)]
     ]
     text = [*table(rows, [pod.name for pod in PODS], Look())]
-    text += [line for note in notes(mode) for line in paragraph(note)]
+    text += [line for note in notes() for line in paragraph(note)]
     assert max(map(len, text)) <= WIDTH <= 110
 
 
