@@ -178,10 +178,10 @@ class Scene:
             words = tuple(w for w in words if w not in ("--proxy-mode", mode))
         async with running(self.lab, words, log, program) as process:
             await healthy(self.lab, process, log)
-            if command[0] == "migrate":
-                async with asyncio.timeout(MOST_SECONDS):
-                    while "after the removal" not in log.read_text():
-                        await asyncio.sleep(0.1)
+            last = "after the removal" if command[0] == "migrate" else '"serving"'
+            async with asyncio.timeout(MOST_SECONDS):
+                while last not in log.read_text():
+                    await asyncio.sleep(0.1)
             yield log
 
     async def migrate(self, *own):
@@ -237,7 +237,8 @@ async def found_out(lab, story, old, new, folder):
         "output": ended.output,
         "rules": scene.rules(),
         "made": traffic.made,
-        "failures": traffic.failures[:20],
+        "failed": len(traffic.failures),
+        "failures": sorted(set(traffic.failures)),
         "lost": traffic.lost,
     }
 
