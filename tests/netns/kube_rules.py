@@ -59,7 +59,8 @@ def nftables():
     for name, (ip, port) in SERVICES.items():
         chains.append(
             f"chain service-{name} {{ ip daddr {ip} tcp dport {port} ip saddr != {PODS_CIDR}"
-            f" jump mark-for-masquerade; numgen random mod {len(ENDPOINTS)} vmap {{ {choices} }}; }}"
+            f" jump mark-for-masquerade;"
+            f" numgen random mod {len(ENDPOINTS)} vmap {{ {choices} }}; }}"
         )
         elements.append(f"{ip} . tcp . {port} : goto service-{name}")
     return f"""

@@ -38,6 +38,17 @@ BLOCK = (  # nobody but pods reaches the cluster IP that a probe from the node a
 )
 
 
+# A connection made in a client's name leaves its port in use on the node for a minute: whoever then
+# comes to the same backend from that port, past the relay, gets no answer.
+ANONYMOUS = ("--userspace-keep-client-address=false",)
+# What a CNI plugin has on nearly every node: so that NAT and connection tracking are always on.
+CNI = """
+table ip cni { chain post { type nat hook postrouting priority 100; }; }
+table ip6 cni { chain post { type nat hook postrouting priority 100; }; }
+table inet cni { chain tracks { type filter hook forward priority 0; ct state invalid counter; }; }
+"""
+
+
 class Ended(NamedTuple):
     code: int
     output: str
@@ -171,7 +182,7 @@ class Scene:
     @asynccontextmanager
     async def proxy(self, mode, command=("run",)):
         """Have a proxy serve for the length of a block; its rules stay."""
-        words = arguments(self.manifests, mode, ipv6=self.lab.ipv6)
+        words = (*arguments(self.manifests, mode, ipv6=self.lab.ipv6), *ANONYMOUS)
         program = (sys.executable, "-m", "pyproxy", *command, "--control-socket", "")
         log = self.folder / f"{command[0]}-{mode}.log"
         if command[0] == "migrate":
@@ -180,7 +191,7 @@ class Scene:
             await healthy(self.lab, process, log)
             last = "after the removal" if command[0] == "migrate" else '"serving"'
             async with asyncio.timeout(MOST_SECONDS):
-                while last not in log.read_text():
+                while last not in log.read_text():  # noqa: ASYNC110 - another process writes it
                     await asyncio.sleep(0.1)
             yield log
 
@@ -227,6 +238,8 @@ async def found_out(lab, story, old, new, folder):
     if story == "blocked":
         clients = {name: client for name, client in clients.items() if client[0] != NODE}
     traffic = Traffic(lab, clients)
+    if "userspace" in (old, new):
+        scene.on_node("nft", "-f", "-", text=CNI)
     try:
         ended = await STORIES[story](scene, traffic, old, new)
     finally:
@@ -303,7 +316,7 @@ async def blocked(scene, traffic, old, new):
         await traffic.more()
         scene.on_node("nft", "-f", "-", text=BLOCK)
         ended = await scene.migrate(f"--to={new}")
-        assert scene.rules() == before
+        assert scene.rules() == before, scene.rules()
         await traffic.more()
     return ended
 
