@@ -27,6 +27,7 @@ from pyproxy.config.check import family_problems
 from pyproxy.config.file import dump
 from pyproxy.control import Control
 from pyproxy.daemon import Daemon
+from pyproxy.doctor.look import at_start
 from pyproxy.health import Health
 from pyproxy.health_ports import HealthPorts
 from pyproxy.host import Host
@@ -201,6 +202,7 @@ class App:
         for problem in proxier.load(self._settings.config.mode).prepare(self._settings.config):
             log.warning("kernel setting", extra={"problem": problem})
             self._record(tasks, "KernelSettingFailed", problem, warning=True)
+        tasks.create_task(self._look_around(), name="look around")
         self._proxiers += [self._carrier(lane, ips, tasks) for lane in self._lanes]
         if self._settings.init_only:
             self._stop.set()
@@ -217,6 +219,14 @@ class App:
             ports = self._health_ports(tasks, ips)
             running.create_task(ports.keep(self._synced), name="health ports")
             running.create_task(self._settle(), name="settle")
+
+    async def _look_around(self) -> None:
+        """Tell what is wrong with this node, where that is seen at a glance."""
+        settings, node = self._settings, self._own.node
+        service_cidrs = sorted(set().union(*self._service_cidrs.values()))
+        pod_cidrs = node.pod_cidrs if node is not None else ()
+        for found in await at_start(settings.config, settings.families, pod_cidrs, service_cidrs):
+            log.warning(found.what, extra={"evidence": found.evidence, "fix": found.fix})
 
     def _check_families(self, ips: NodeIPs) -> None:
         """Compare the settings with the families of this node. Raises ``Fatal``."""

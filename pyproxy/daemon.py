@@ -7,6 +7,7 @@ from typing import Final
 
 from pyproxy.config import Config, gate, node_port_cidrs
 from pyproxy.control import LiveQuestion
+from pyproxy.doctor.setup import Setup
 from pyproxy.lane import Lane
 from pyproxy.listing import DifferenceRow, Verification, VerifiedFamily
 from pyproxy.metrics import Metrics
@@ -57,7 +58,18 @@ class Daemon:
 
     def live(self) -> Mapping[str, LiveQuestion]:
         """Return what is asked about more than the state, by its path."""
-        return {"verify": self._verify, "audit": self._audit}
+        return {"verify": self._verify, "audit": self._audit, "setup": self._setup}
+
+    async def _setup(self, _query: Query) -> Setup:
+        envs = [env for env, _carrier in self._carriers.values()]
+        node = envs[0].node if envs else None
+        return Setup(
+            node=self._node,
+            mode=self._config.mode,
+            kubeconfig=self._config.client_connection.kubeconfig,
+            pod_cidrs=node.pod_cidrs if node is not None else (),
+            service_cidrs=envs[0].service_cidrs() if envs else (),
+        )
 
     async def _verify(self, query: Query) -> Verification:
         """Have each family's target compared with what was written: for a Service, or for all."""

@@ -20,6 +20,7 @@ from pyproxy.commands._ask import (
 )
 from pyproxy.commands._flows import with_flows
 from pyproxy.commands._table import table
+from pyproxy.commands.get import brief
 from pyproxy.comparison import RouteChange, RouteChanges, endpoint_changes, route_changes
 from pyproxy.listing import Endpoints, Routes, Verification, VerifiedFamily
 from pyproxy.model import FAMILIES
@@ -118,4 +119,4 @@ def change_rows(item: RouteChange) -> list[Sequence[str]]:
     start = (SIGNS[item.change], item.frontend + family, item.service)
     if not item.fields:
         return [(*start, item.change, "", "", flows)]
-    return [(*start, f.field, f.before, f.after, flows) for f in item.fields]
+    return [(*start, f.field, brief(f.before), brief(f.after), flows) for f in item.fields]

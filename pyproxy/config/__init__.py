@@ -128,7 +128,6 @@ class Userspace(Struct, frozen=True, rename=file_name):
     """Mode userspace. A block of our own: kube-proxy has no such mode any more."""
 
     capture: str = "auto"  # how packets for Services come to our sockets
-    workers: int = 0  # processes that carry traffic; 0 is one for each core
     socket_lb: str = "auto"  # choose the endpoint when a socket connects, where the kernel can
     cgroup: str = ""  # whose processes it is for; empty is the root, in the host's own namespace
     keep_client_address: bool = True  # where the plan says so

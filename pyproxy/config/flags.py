@@ -20,7 +20,8 @@ from pyproxy.config import (
 from pyproxy.config import file as config_file
 from pyproxy.config.file import Loaded
 from pyproxy.config.flags_kinds import BOOL, DURATION, Flag, Value
-from pyproxy.config.flags_table import FLAGS, GROUPS, LOGGING, SHORT
+from pyproxy.config.flags_logging import LOGGING
+from pyproxy.config.flags_table import FLAGS, GROUPS, SHORT
 from pyproxy.config.text import ConfigError, did_you_mean, duration_text, with_port
 
 _USAGE: Final = (
@@ -32,8 +33,9 @@ _USAGE: Final = (
     ("pyproxy get WHAT", "what is programmed, at which version"),
     ("pyproxy explain SERVICE", "what becomes of connections to it, and why"),
     ("pyproxy wait SERVICE", "return once it is programmed"),
-    ("pyproxy diff", "what differs in the kernel, or would with other settings"),
-    ("pyproxy audit", "compare with the kernel now, and put it right"),
+    ("pyproxy diff", "what differs, or would with other settings"),
+    ("pyproxy audit", "compare with the kernel, and put it right"),
+    ("pyproxy doctor", "what is wrong with this node, and what to do"),
 )
 _HELP_COLUMN: Final = 30
 

@@ -6,68 +6,19 @@ from typing import Final
 from pyproxy.config import MODES
 from pyproxy.config.flags_kinds import (
     BOOL,
-    CIDRS,
     DURATION,
     GATES,
     INTEGER,
     IP,
     IP_PORT,
-    LEVEL,
     LIST,
-    LOOP,
     NUMBER,
     STRING,
-    VMODULE,
     Flag,
     Group,
 )
-from pyproxy.config.flags_userspace import USERSPACE
-
-LOGGING: Final = Group(
-    "Logging (these win over the file)",
-    (
-        Flag("v", LEVEL, "logging.verbosity", "How much to log; 0 is little, 4 is for debugging."),
-        Flag(
-            "vmodule",
-            VMODULE,
-            "logging.vmodule",
-            "Another level for some source files, for instance runner=4. Format text only.",
-        ),
-        Flag("logging-format", STRING, "logging.format", "text or json.", placeholder="FORMAT"),
-        Flag(
-            "log-flush-frequency",
-            DURATION,
-            "logging.flush_frequency_seconds",
-            "Accepted; every line is written at once.",
-        ),
-        Flag(
-            "log-text-split-stream",
-            BOOL,
-            "logging.options.text.split_stream",
-            "Format text: errors to stderr, the rest to stdout. Gate LoggingAlphaOptions.",
-        ),
-        Flag(
-            "log-text-info-buffer-size",
-            STRING,
-            "logging.options.text.info_buffer_size",
-            "Accepted; nothing is buffered.",
-            placeholder="SIZE",
-        ),
-        Flag(
-            "log-json-split-stream",
-            BOOL,
-            "logging.options.json.split_stream",
-            "Format json: errors to stderr, the rest to stdout. Gate LoggingAlphaOptions.",
-        ),
-        Flag(
-            "log-json-info-buffer-size",
-            STRING,
-            "logging.options.json.info_buffer_size",
-            "Accepted; nothing is buffered.",
-            placeholder="SIZE",
-        ),
-    ),
-)
+from pyproxy.config.flags_logging import LOGGING
+from pyproxy.config.flags_own import OWN, USERSPACE
 
 GROUPS: Final = (
     Group(
@@ -373,43 +324,7 @@ GROUPS: Final = (
             Flag("help", BOOL, "", "Print this."),
         ),
     ),
-    Group(
-        "pyproxy's own",
-        (
-            Flag(
-                "manifests",
-                STRING,
-                "",
-                "Take Services and EndpointSlices from this file or directory instead of an API "
-                "server.",
-                placeholder="PATH",
-            ),
-            Flag("service-cidr", CIDRS, "", "With --manifests: the ranges of cluster IPs."),
-            Flag(
-                "control-socket",
-                STRING,
-                "",
-                "Where commands such as pyproxy explain are answered, to root; empty: nowhere.",
-                placeholder="PATH",
-            ),
-            Flag(
-                "state-dir",
-                STRING,
-                "",
-                "Where the cluster's last known state is kept, for a start without the API server; "
-                "empty: nowhere.",
-                placeholder="PATH",
-            ),
-            Flag(
-                "cloud-annotations",
-                STRING,
-                "cloud_annotations",
-                "The cloud whose annotations of Services count: huawei.",
-                placeholder="CLOUD",
-            ),
-            Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
-        ),
-    ),
+    OWN,
     USERSPACE,
     Group(
         "Deprecated",

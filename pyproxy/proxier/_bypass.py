@@ -46,11 +46,11 @@ class Past(NamedTuple):
 class Bypass:
     """The rules of one family that lead past frontends; ``mark`` tells that they are ours."""
 
-    def __init__(self, family: Family, mark: int) -> None:
+    def __init__(self, family: Family, mark: int, netlink: Netlink | None = None) -> None:
         self._family = socket.AF_INET if family == 4 else socket.AF_INET6
         self._bits = 32 if family == 4 else 128
         self._mark = mark
-        self._netlink = Netlink()
+        self._netlink = netlink or Netlink()
         self._there: set[Past] | None = None  # None: to be asked for
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from pyproxy.model import Family, Frontend, Route
 from pyproxy.proxier._lookup import Lookup, Unsupported
 from pyproxy.proxier._sockets import Shared, shared_by_all
 from pyproxy.proxier._tproxy import ByRules, why_no_rules
-from pyproxy.rules.capture import PASS, entry
+from pyproxy.rules.capture import PASS, audible, entry
 from pyproxy.rules.listeners import Surroundings
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,11 @@ class Capture(Protocol):
         """Say whether packets for such a frontend come to the shared sockets."""
         ...
 
-    def put(self, frontend: Frontend, route: Route) -> None:
-        """Take in a frontend that is ready to be served. Raises ``OSError``."""
+    def put(self, frontend: Frontend, route: Route, *, foreign: bool) -> None:
+        """Take in a frontend that is ready to be served. Raises ``OSError``.
+
+        Of a foreign one nothing but the port is this node's.
+        """
         ...
 
     def drop(self, frontend: Frontend) -> None: ...
@@ -62,12 +65,13 @@ class ByLookup:
 
     def __init__(self, family: Family, sockets: Shared | None = None) -> None:
         """Raises ``Unsupported``."""
+        self._family = family
         try:
             self.sockets: Shared | None = sockets or shared_by_all(family)
         except OSError as error:
             raise Unsupported(error.strerror) from error
         try:
-            self._lookup = Lookup(family, [self.sockets])
+            self._lookup = Lookup(family, self.sockets)
         except Unsupported:
             self.sockets.close()
             raise
@@ -75,8 +79,11 @@ class ByLookup:
     def takes(self, route: Route) -> bool:
         return True
 
-    def put(self, frontend: Frontend, route: Route) -> None:
-        self._lookup.put(frontend, entry(route))
+    def put(self, frontend: Frontend, route: Route, *, foreign: bool) -> None:
+        made = entry(route)
+        if foreign and self._family == 4 and frontend.proto == "TCP":
+            made = audible(made)
+        self._lookup.put(frontend, made)
 
     def drop(self, frontend: Frontend) -> None:
         self._lookup.drop(frontend)
@@ -121,7 +128,7 @@ class ByListeners:
     def takes(self, route: Route) -> bool:
         return False
 
-    def put(self, frontend: Frontend, route: Route) -> None:
+    def put(self, frontend: Frontend, route: Route, *, foreign: bool) -> None:
         if self._lookup is not None and frontend.ip:
             self._lookup.put(frontend, PASS)
 

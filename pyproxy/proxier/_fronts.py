@@ -12,8 +12,10 @@ from msgspec import Struct
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Family, Frontend, Proto, ServicePortName
+from pyproxy.proxier._accept import TcpFront, listen, unlisten
 from pyproxy.proxier._capture import Capture
 from pyproxy.proxier._datagrams import Datagrams
+from pyproxy.proxier._handover import Bound, Entrances
 from pyproxy.proxier._sockets import (
     attach_guard,
     check_free,
@@ -22,7 +24,7 @@ from pyproxy.proxier._sockets import (
     listening,
     why_not,
 )
-from pyproxy.proxier._tcp import TcpFront, TcpRelay
+from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import UdpFront, UdpRelay
 from pyproxy.reconcile import Difference
 from pyproxy.rules.guard import DROP_ALL, Program, guard
@@ -51,11 +53,19 @@ class Held(Struct):
 class Fronts:
     """All frontends of one family, by where they are and by owner."""
 
-    def __init__(self, family: Family, tcp: TcpRelay, udp: UdpRelay, capture: Capture) -> None:
+    def __init__(
+        self,
+        family: Family,
+        tcp: TcpRelay,
+        udp: UdpRelay,
+        capture: Capture,
+        inherited: Mapping[Bound, socket.socket],
+    ) -> None:
         self._family = family
         self._tcp = tcp
         self._udp = udp
         self.capture = capture
+        self._inherited = dict(inherited)  # sockets of frontends' own, until they are there again
         self._outdated: list[TcpFront | UdpFront] = []  # until the capture leads elsewhere
         self._datagrams: Datagrams | None = None
         self.sockets: list[socket.socket] = []  # where the capture brings connections to
@@ -110,7 +120,7 @@ class Fronts:
             self._serve(frontend, held, picker)
             self._held[frontend] = held
             self._own(frontend, listener, before)
-            self.capture.put(frontend, listener.route)
+            self.capture.put(frontend, listener.route, foreign=foreign)
         except OSError as error:
             self.close(frontend)
             return why_not(error, frontend.port)
@@ -155,26 +165,38 @@ class Fronts:
         )
         return held.front if held is not None else None
 
+    def entrances(self) -> Entrances:
+        """Return all sockets by which clients come in."""
+        own: dict[Bound, socket.socket] = {}
+        for frontend, held in self._held.items():
+            for sock in held.front.sockets if held.front is not None else ():
+                ip, port = sock.getsockname()[:2]
+                own[Bound(ip, port, frontend.proto)] = sock
+        return Entrances(self.capture.sockets, own)
+
     def _admit(self) -> None:
         shared = self.capture.sockets
+        for sock in self._inherited.values():
+            sock.close()  # of a frontend that is no more
+        self._inherited.clear()
         if self._admits or shared is None:
             return
         self._admits = True
         self.sockets.append(shared.tcp)
-        self._tcp.listen(shared.tcp, self)
+        listen(self._tcp, shared.tcp, self)
         self._datagrams = Datagrams(self._udp.poller, shared.udp, self.udp_front)
 
     def retire(self) -> None:
         """Let nobody in any more; a successor does, by the same addresses."""
         for sock in self.sockets:
-            self._tcp.unlisten(sock)
+            unlisten(self._tcp, sock)
         self.sockets.clear()
         if self._datagrams is not None:
             self._datagrams.close()
         for held in self._held.values():
             if isinstance(held.front, TcpFront):
                 for sock in held.front.sockets:
-                    self._tcp.unlisten(sock)
+                    unlisten(self._tcp, sock)
 
     def leave(self) -> None:
         """Close the sockets of frontends; what the capture has in the kernel is the successor's.
@@ -237,17 +259,21 @@ class Fronts:
         program = self._program(held.listener)
         wildcard = WILDCARD[self._family] in ips
         try:
-            sockets.extend(
-                listening(
-                    ip,
-                    frontend.port,
-                    frontend.proto,
-                    program,
-                    wildcard=wildcard,
-                    transparent=held.foreign,
+            for ip in ips:
+                sock = self._inherited.pop(Bound(ip, frontend.port, frontend.proto), None)
+                sockets.append(
+                    sock
+                    or listening(
+                        ip,
+                        frontend.port,
+                        frontend.proto,
+                        program,
+                        wildcard=wildcard,
+                        transparent=held.foreign,
+                    )
                 )
-                for ip in ips
-            )
+                if sock is not None:
+                    protect(sock, program)
         except OSError:
             for sock in sockets:
                 sock.close()
@@ -286,10 +312,7 @@ class Fronts:
     def _protect(self, sockets: Sequence[socket.socket], listener: Listener) -> None:
         program = self._program(listener)
         for sock in sockets:
-            if program is not None:
-                attach_guard(sock, program)
-            else:
-                detach_guard(sock)
+            protect(sock, program)
 
     def _program(self, listener: Listener) -> Program | None:
         if stance(listener.route) == "silent":
@@ -327,3 +350,10 @@ def is_open(sock: socket.socket) -> bool:
         return False
     is_stream = sock.type == socket.SOCK_STREAM
     return not is_stream or bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def protect(sock: socket.socket, program: Program | None) -> None:
+    if program is not None:
+        attach_guard(sock, program)
+    else:
+        detach_guard(sock)

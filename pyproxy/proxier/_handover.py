@@ -8,19 +8,21 @@ nothing.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from socket import SocketType
-from typing import BinaryIO
+from types import MappingProxyType
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 from msgspec import Struct
 
-from pyproxy.model import Address, Family
+from pyproxy.model import Address, Family, Proto
 from pyproxy.proxier._relay import Held
 from pyproxy.proxier._sockets import Shared
 
@@ -43,6 +45,24 @@ class Given(Struct, frozen=True):
     sockets: tuple[SocketType, SocketType]  # of the client, of the backend
 
 
+class Bound(NamedTuple):
+    """Where a socket of a frontend's own is."""
+
+    ip: str
+    port: int
+    proto: Proto
+
+
+SHARED_TCP, SHARED_UDP = Bound("", 0, "TCP"), Bound("", 0, "UDP")
+
+
+class Entrances(NamedTuple):
+    """All sockets by which clients come in."""
+
+    shared: Shared | None = None
+    own: Mapping[Bound, socket.socket] = MappingProxyType({})
+
+
 class Described(Struct, frozen=True, array_like=True):
     """A connection in a message. Its descriptors: two sockets, and a file for what is left."""
 
@@ -58,13 +78,13 @@ class Handover:
     def __init__(
         self,
         path: Path,
-        sockets: Callable[[], Shared | None],
+        entrances: Callable[[], Entrances],
         surrender: Callable[[], Awaitable[list[Given]]],
     ) -> None:
         self.done = asyncio.Event()
         self.has_begun = False  # the successor serves
         self._path = path
-        self._sockets = sockets
+        self._entrances = entrances
         self._surrender = surrender
         self._server: socket.socket | None = None
         self._loop = asyncio.get_running_loop()
@@ -115,14 +135,19 @@ class Handover:
                     return
                 while question := await self._loop.sock_recv(peer, MESSAGE):
                     if question == ASK_SOCKETS:
-                        found = self._sockets()
-                        fds = [found.tcp.fileno(), found.udp.fileno()] if found else []
-                        socket.send_fds(peer, [b"%d" % len(fds)], fds)
+                        await self._lend(peer)
                     elif question == ASK_CONNECTIONS:
                         await self._give(peer)
                         return
         except OSError as error:
             log.warning("a successor is gone", extra={"error": str(error)})
+
+    async def _lend(self, peer: socket.socket) -> None:
+        """Give it what we go on using ourselves. Raises ``OSError``."""
+        messages = list(entrance_messages(self._entrances()))
+        peer.settimeout(LATEST_SECONDS)
+        await asyncio.to_thread(send_messages, peer, messages)
+        peer.setblocking(False)
 
     async def _give(self, peer: socket.socket) -> None:
         self.has_begun = True
@@ -144,24 +169,30 @@ class Predecessor:
     def __init__(self, peer: socket.socket) -> None:
         self._peer = peer
 
-    def sockets(self) -> Shared | None:
-        """Return what it accepts by, if all frontends share that. Raises ``OSError``."""
+    def entrances(self) -> Entrances:
+        """Return what it accepts by. Raises ``OSError``."""
         self._peer.send(ASK_SOCKETS)
-        _count, fds, _flags, _address = socket.recv_fds(self._peer, MESSAGE, 2)
-        if len(fds) != 2:
-            return None
-        tcp, udp = (socket.socket(fileno=fd) for fd in fds)
-        return Shared(tcp, udp)
+        found: dict[Bound, socket.socket] = {}
+        for message, fds in self._answers():
+            places = msgspec.json.decode(message, type=list[Bound])
+            opened = (socket.socket(fileno=fd) for fd in fds)
+            found |= dict(zip(places, opened, strict=True))
+        tcp, udp = found.pop(SHARED_TCP, None), found.pop(SHARED_UDP, None)
+        return Entrances(Shared(tcp, udp) if tcp and udp else None, found)
 
     def connections(self) -> list[Given]:
         """Return its open connections: it has stopped to serve. Raises ``OSError``."""
         self._peer.send(ASK_CONNECTIONS)
-        given: list[Given] = []
+        return [one for message, fds in self._answers() for one in received(message, fds)]
+
+    def _answers(self) -> Iterator[tuple[bytes, list[int]]]:
         while True:
             message, fds, _flags, _address = socket.recv_fds(self._peer, MESSAGE, 3 * AT_ONCE)
-            if message in (END, b""):
-                return given
-            given += received(message, fds)
+            if message == END:
+                return
+            if not message:
+                raise ConnectionResetError(errno.ECONNRESET, "it has ended")
+            yield message, fds
 
     def close(self) -> None:
         self._peer.close()
@@ -185,12 +216,12 @@ class Succession:
     def __init__(
         self,
         path: Path,
-        sockets: Callable[[], Shared | None],
+        entrances: Callable[[], Entrances],
         surrender: Callable[[], Awaitable[list[Given]]],
     ) -> None:
         self._path = path
         self._predecessor: Predecessor | None = None
-        self._handover = Handover(path, sockets, surrender)
+        self._handover = Handover(path, entrances, surrender)
         self._began = False
 
     @property
@@ -198,17 +229,17 @@ class Succession:
         """Say whether a successor serves, or is about to."""
         return self._handover.has_begun
 
-    async def inherited(self) -> Shared | None:
-        """Return what a predecessor accepts by, if there is one and if it shares that."""
+    async def inherited(self) -> Entrances:
+        """Return what a predecessor accepts by, if there is one."""
         self._predecessor = await asyncio.to_thread(predecessor, self._path)
         if self._predecessor is None:
-            return None
+            return Entrances()
         try:
-            return await asyncio.to_thread(self._predecessor.sockets)
+            return await asyncio.to_thread(self._predecessor.entrances)
         except OSError as error:
             log.warning("a predecessor does not answer", extra={"error": str(error)})
             self._drop_predecessor()
-            return None
+            return Entrances()
 
     async def begin(self, take_over: Callable[[Given], None]) -> None:
         """Go on with the connections of a predecessor, and wait for a successor: once."""
@@ -272,6 +303,24 @@ def send_all(peer: socket.socket, given: Sequence[Given]) -> None:
                     fds.append(files.enter_context(file_with(left)).fileno())
             message = msgspec.json.encode([described(connection) for connection in some])
             socket.send_fds(peer, [message], fds)
+    peer.send(END)
+
+
+def entrance_messages(entrances: Entrances) -> Iterator[tuple[bytes, list[int]]]:
+    """Yield messages with their descriptors."""
+    found = dict(entrances.own)
+    if entrances.shared is not None:
+        found |= {SHARED_TCP: entrances.shared.tcp, SHARED_UDP: entrances.shared.udp}
+    places = list(found)
+    for start in range(0, len(places), AT_ONCE):
+        some = places[start : start + AT_ONCE]
+        yield msgspec.json.encode(some), [found[place].fileno() for place in some]
+
+
+def send_messages(peer: socket.socket, messages: Iterable[tuple[bytes, list[int]]]) -> None:
+    """Send messages, and the end. Raises ``OSError``."""
+    for message, fds in messages:
+        socket.send_fds(peer, [message], fds)
     peer.send(END)
 
 

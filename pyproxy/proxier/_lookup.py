@@ -25,7 +25,7 @@ from pyproxy.rules.capture import (
     packed_standing,
     sizes,
 )
-from pyproxy.rules.capture_code import FIRST_WORKER, Maps, code
+from pyproxy.rules.capture_code import SERVING_UDP, Maps, code
 from pyproxy.rules.listeners import Surroundings
 
 LPM_TRIE = 11
@@ -39,7 +39,7 @@ class Unsupported(Exception):
 class Lookup:
     """The entries for one family, in the network namespace of the process."""
 
-    def __init__(self, family: Family, workers: Sequence[Shared] = ()) -> None:
+    def __init__(self, family: Family, serving: Shared | None = None) -> None:
         """Load and attach the program, which leads to these sockets. Raises ``Unsupported``."""
         self._family = family
         self._pending: dict[bytes, bytes] = {}  # entries that are not in effect yet
@@ -52,34 +52,33 @@ class Lookup:
         self._sinks: list[socket.socket] = []
         self._handles: list[_bpf.Handle] = []
         try:
-            self._open(workers)
+            self._open(serving)
         except OSError as error:
             self.close()
             raise Unsupported(error.strerror) from error
 
-    def _open(self, workers: Sequence[Shared]) -> None:
+    def _open(self, serving: Shared | None) -> None:
         size = sizes(self._family)
         self._entries = self._map(_bpf.HASH, size.entry, 8)
         self._networks = self._map(LPM_TRIE, size.network, 4)
         self._sinks += [silent(self._family, "TCP"), silent(self._family, "UDP")]
-        served = [sock for each in workers for sock in (each.tcp, each.udp)]
-        entries = FIRST_WORKER + len(served)
+        led_to = [*self._sinks, *(serving or ())]
         namespace = os.open("/proc/self/ns/net", os.O_RDONLY)
         try:
             with (
-                _bpf.create_map(_bpf.SOCKMAP, 4, 4, entries, name="pyproxy") as sockets,
-                self._program(sockets, len(workers)) as program,
+                _bpf.create_map(_bpf.SOCKMAP, 4, 4, SERVING_UDP + 1, name="pyproxy") as sockets,
+                self._program(sockets) as program,
             ):
-                for index, sock in enumerate([*self._sinks, *served]):
+                for index, sock in enumerate(led_to):
                     sockets[NUMBER.pack(index)] = NUMBER.pack(sock.fileno())
                 link = _bpf.create_link(program, namespace, _bpf.ATTACH_SK_LOOKUP)
                 self._handles.append(link)
         finally:
             os.close(namespace)
 
-    def _program(self, sockets: _bpf.Map, workers: int) -> _bpf.Handle:
+    def _program(self, sockets: _bpf.Map) -> _bpf.Handle:
         maps = Maps(self._entries.fd, self._networks.fd, sockets.fd)
-        made = code(self._family, maps, workers)
+        made = code(self._family, maps)
         attach = _bpf.ATTACH_SK_LOOKUP
         return _bpf.load_program(_bpf.SK_LOOKUP, made, attach=attach, name="pyproxy")
 

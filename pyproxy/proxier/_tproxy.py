@@ -50,7 +50,7 @@ class ByRules:
     def takes(self, route: Route) -> bool:
         return tproxy.takes(route)
 
-    def put(self, frontend: Frontend, route: Route) -> None:
+    def put(self, frontend: Frontend, route: Route, *, foreign: bool) -> None:
         verdict = TAKE if self.takes(route) else LEAVE
         name, element = tproxy.frontend_element(frontend, self._family, verdict)
         self._want(name, element)

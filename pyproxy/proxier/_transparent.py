@@ -65,13 +65,11 @@ class Transparent:
         self._interfaces: dict[str, tuple[int, float]] = {}
         self._distrusted: dict[Address, float] = {}
 
-    def switch_on(self) -> None:
+    def switch_on(self, netlink: Netlink) -> None:
         """Have answers to clients delivered here; where that cannot be, say so and stay off."""
-        netlink = Netlink()
         try:
             install(self._family, netlink)
         except (NfError, OSError) as error:
-            netlink.close()
             fields = {"family": self._family, "reason": str(error)}
             log.info("backends will see this node instead of their clients", extra=fields)
         else:
@@ -79,9 +77,7 @@ class Transparent:
 
     def close(self) -> None:
         """Dress nobody any more. What was installed stays, for who comes next."""
-        if self._netlink is not None:
-            self._netlink.close()
-            self._netlink = None
+        self._netlink = None
 
     def keeps(self, action: Forward, ip: str, backend: Address, now: float) -> bool:
         """Say whether a backend shall see the address of this client."""

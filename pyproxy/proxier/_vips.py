@@ -77,17 +77,17 @@ class Vips:
         self._bits = 32 if family == 4 else 128
         self._source = source
         self._loopback = socket.if_nametoindex("lo")
-        self._netlink = Netlink()
+        self.netlink = Netlink()
         self._rules: set[int] = set()  # tables that a rule leads to
 
     def close(self) -> None:
-        self._netlink.close()
+        self.netlink.close()
 
     def listed(self) -> set[Vip]:
         """Return what our routes lead here, whichever process made them. Raises ``OSError``."""
         self._rules = self._listed_rules()
         found: set[Vip] = set()
-        for body in self._netlink.dump(RTM_GETROUTE, self._header(0)):
+        for body in self.netlink.dump(RTM_GETROUTE, self._header(0)):
             _family, bits, _src, _tos, table, protocol, *_rest = ROUTE.unpack_from(body)
             values = dict(attributes(body, ROUTE.size))
             if RTA_TABLE in values:
@@ -122,7 +122,7 @@ class Vips:
         """
         gone = list(vips)
         unused = self._rules - {vip.table for vip in left}
-        self._netlink.carry_out([self._rule(RTM_DELRULE, table) for table in unused])
+        self.netlink.carry_out([self._rule(RTM_DELRULE, table) for table in unused])
         self._rules -= unused
         failed = self._routes(RTM_DELROUTE, gone, None)
         return {
@@ -134,19 +134,19 @@ class Vips:
     def _routes(self, kind: int, vips: list[Vip], source: str | None) -> dict[Vip, int]:
         flags = NLM_F_CREATE | NLM_F_EXCL if kind == RTM_NEWROUTE else 0
         messages = [Message(kind, flags, self._body(vip, source)) for vip in vips]
-        codes = self._netlink.carry_out(messages)
+        codes = self.netlink.carry_out(messages)
         return {vip: code for vip, code in zip(vips, codes, strict=True) if code}
 
     def _lead_to(self, tables: set[int], vips: list[Vip]) -> dict[Vip, int]:
         missing = sorted(tables - self._rules - {RT_TABLE_LOCAL})
-        codes = self._netlink.carry_out([self._rule(RTM_NEWRULE, table) for table in missing])
+        codes = self.netlink.carry_out([self._rule(RTM_NEWRULE, table) for table in missing])
         failed = {t: c for t, c in zip(missing, codes, strict=True) if c not in (0, errno.EEXIST)}
         self._rules.update(set(missing) - failed.keys())
         return {vip: failed[vip.table] for vip in vips if vip.table in failed}
 
     def _listed_rules(self) -> set[int]:
         tables: set[int] = set()
-        for body in self._netlink.dump(RTM_GETRULE, ROUTE.pack(self._family, *[0] * 8)):
+        for body in self.netlink.dump(RTM_GETRULE, ROUTE.pack(self._family, *[0] * 8)):
             values = dict(attributes(body, ROUTE.size))
             if values.get(FRA_PROTOCOL) == bytes([self._mark]) and FRA_TABLE in values:
                 tables.add(struct.unpack("=I", values[FRA_TABLE])[0])

@@ -128,7 +128,7 @@ class Frontends:
         self._opened: Fronts | None = None
         self._succession = Succession(
             meeting_place(env.config.userspace.runtime_dir, env.family),
-            lambda: self._fronts.capture.sockets,
+            lambda: self._fronts.entrances(),
             self._retire,
         )
         self._pickers: dict[ServicePortName, Picker] = {}
@@ -142,13 +142,14 @@ class Frontends:
         """Return what listens; and see which local routes there are, from whomever."""
         if self._vips is None:
             await self._env.host.read()
-            capture = self._way(await self._succession.inherited())
-            self._opened = Fronts(self._env.family, self._tcp, self._udp, capture)
+            shared, own = await self._succession.inherited()
+            capture = self._way(shared)
+            self._opened = Fronts(self._env.family, self._tcp, self._udp, capture, own)
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
-            self._bypass = Bypass(self._env.family, RTPROT_PYPROXY)
+            self._bypass = Bypass(self._env.family, RTPROT_PYPROXY, self._vips.netlink)
             if self._transparent is not None:
-                self._transparent.switch_on()
+                self._transparent.switch_on(self._vips.netlink)
             else:
                 transparent.remove(self._env.family)  # of an earlier process
         try:

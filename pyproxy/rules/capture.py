@@ -43,7 +43,7 @@ STANDINGS: Mapping[Standing, int] = {
 PROTOCOLS: Mapping[Proto, int] = {"TCP": 6, "UDP": 17}
 NUMBER = struct.Struct("=I")
 PORT_AND_PROTOCOL = struct.Struct("=II")
-ENTRY = struct.Struct("=BBBBI")
+ENTRY = struct.Struct("=BBBxI")
 NO_SOURCES = 0  # the number of the list in an entry that admits all sources
 
 
@@ -54,7 +54,6 @@ class Entry(Struct, frozen=True):
     node: Verdict
     outside: Verdict
     sources: tuple[Network, ...] | None = None  # None: all are allowed
-    sticky: bool = False  # one worker has all connections of a client
 
 
 PASS = Entry("pass", "pass", "pass")
@@ -62,15 +61,23 @@ PASS = Entry("pass", "pass", "pass")
 
 def entry(route: Route) -> Entry:
     """Return the entry that does what the route says."""
-    forwards = (route.from_pod, route.from_node, route.from_outside)
-    pools = [action.pool for action in forwards if isinstance(action, Forward)]
     return Entry(
         verdict(route.from_pod),
         verdict(route.from_node),
         verdict(route.from_outside),
         route.allowed_sources,
-        any(pool.affinity_seconds is not None for pool in pools),
     )
+
+
+def audible(entry: Entry) -> Entry:
+    """Return the entry for an IPv4 address that is not the node's, but for some ports.
+
+    The kernel sends no refusal from there. Who is to be refused is accepted, and reset at once.
+    """
+    pod, node, outside = (
+        "serve" if v == "refuse" else v for v in (entry.pod, entry.node, entry.outside)
+    )
+    return Entry(pod, node, outside, entry.sources)
 
 
 def verdict(action: Action) -> Verdict:
@@ -143,8 +150,8 @@ def network_key(network: Network, number: int = NO_SOURCES) -> bytes:
 def packed_entry(value: Entry, number: int) -> bytes:
     """Return an entry's bytes; ``number`` is that of its sources, 0 where all are allowed."""
     verdicts = (VERDICTS[v] for v in (value.pod, value.node, value.outside))
-    return ENTRY.pack(*verdicts, value.sticky, number)
+    return ENTRY.pack(*verdicts, number)
 
 
 def packed_standing(standing: Standing) -> bytes:
-    return ENTRY.pack(STANDINGS[standing], 0, 0, 0, NO_SOURCES)
+    return ENTRY.pack(STANDINGS[standing], 0, 0, NO_SOURCES)

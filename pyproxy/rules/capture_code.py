@@ -16,15 +16,14 @@ SK_DROP, SK_PASS = 0, 1
 ADDRESS_FAMILY = {4: 2, 6: 10}
 
 # struct bpf_sk_lookup: the offsets of its fields
-FAMILY, PROTOCOL, REMOTE_IP4, REMOTE_IP6, REMOTE_PORT = 8, 12, 16, 20, 36
+FAMILY, PROTOCOL, REMOTE_IP4, REMOTE_IP6 = 8, 12, 16, 20
 LOCAL_IP4, LOCAL_IP6, LOCAL_PORT = 40, 44, 60
 
-SINK_OF_TCP, SINK_OF_UDP = 0, 1  # in the map of sockets
-FIRST_WORKER = 2  # from here on two for each worker: TCP, UDP
+# In the map of sockets; one of UDP comes after that of TCP.
+SILENT_TCP, SILENT_UDP, SERVING_TCP, SERVING_UDP = range(4)
 
 # On the stack
 KEY, NETWORK, INDEX = -24, -48, -56
-MIX = 0x61C88647  # 2 to the 32 divided by the golden ratio, as a positive number of 31 bits
 
 
 class Maps(NamedTuple):
@@ -35,7 +34,7 @@ class Maps(NamedTuple):
     sockets: int
 
 
-def code(family: Family, maps: Maps, workers: int = 1) -> bytes:
+def code(family: Family, maps: Maps) -> bytes:
     """Return the program of one family."""
     asm = Assembler()
     asm.set(R6, R1)
@@ -43,7 +42,7 @@ def code(family: Family, maps: Maps, workers: int = 1) -> bytes:
     asm.jump_if(R2, "!=", ADDRESS_FAMILY[family], "pass")
     find_entry(asm, family, maps)
     decide(asm, family, maps)
-    give(asm, family, maps, workers)
+    give(asm, maps)
     asm.label("pass")
     asm.exit(SK_PASS)
     return asm.code()
@@ -105,15 +104,13 @@ def decide(asm: Assembler, family: Family, maps: Maps) -> None:
     asm.exit(SK_DROP)
 
 
-def give(asm: Assembler, family: Family, maps: Maps, workers: int) -> None:
+def give(asm: Assembler, maps: Maps) -> None:
     """Assign the socket that serves, or the one that is silent."""
     asm.label("silent")
-    asm.set(R9, SINK_OF_TCP)
+    asm.set(R9, SILENT_TCP)
     asm.jump("protocol")
     asm.label("serve")
-    asm.set(R9, FIRST_WORKER)
-    if workers > 1:
-        choose_worker(asm, family, workers)
+    asm.set(R9, SERVING_TCP)
     asm.label("protocol")
     asm.load(R3, R6, PROTOCOL, 4)
     asm.jump_if(R3, "==", PROTOCOLS["TCP"], "chosen")
@@ -129,27 +126,6 @@ def give(asm: Assembler, family: Family, maps: Maps, workers: int) -> None:
     asm.call(SK_ASSIGN)
     asm.set(R1, R7)
     asm.call(SK_RELEASE)
-
-
-def choose_worker(asm: Assembler, family: Family, workers: int) -> None:
-    """Add twice the number of a worker to R9: by the client's address, and its port if it may."""
-    words = word_count(family)
-    remote = REMOTE_IP4 if family == 4 else REMOTE_IP6
-    asm.load(R8, R6, remote, 4)
-    for word in range(1, words):
-        asm.load(R3, R6, remote + 4 * word, 4)
-        asm.compute(R8, "^", R3)
-    asm.load(R3, R7, 3, 1)
-    asm.jump_if(R3, "!=", 0, "hashed")
-    asm.load(R3, R6, REMOTE_PORT, 2)
-    asm.compute(R3, "<<", 16)
-    asm.compute(R8, "^", R3)
-    asm.label("hashed")
-    asm.compute(R8, "*", MIX)
-    asm.compute(R8, ">>", 24)
-    asm.compute(R8, "%", workers)
-    asm.compute(R8, "<<", 1)
-    asm.compute(R9, "+", R8)
 
 
 def word_count(family: Family) -> int:

@@ -4,12 +4,13 @@ import asyncio
 import signal
 import socket
 from contextlib import asynccontextmanager
+from tempfile import mkdtemp
 
 import pytest
 
 from pyproxy import own_node
 from pyproxy.app import App, Fatal, Settings
-from pyproxy.config import Config
+from pyproxy.config import Config, Userspace
 from pyproxy.demo.expect import Reply
 from pyproxy.demo.traffic import ask, http_status, serve
 from pyproxy.feeds import ManifestFeed
@@ -50,7 +51,9 @@ class Proxy:
             "healthz_bind_address": str(self.health),
             "metrics_bind_address": f"127.0.0.1:{free_port()}",
         }
-        config = Config(mode="userspace", **(addresses | fields))
+        # Of two at the same time in a network namespace, one would succeed the other.
+        alone = Userspace(runtime_dir=mkdtemp(prefix="pyproxy-test-"))
+        config = Config(mode="userspace", userspace=alone, **(addresses | fields))
         settings = Settings(config, "here", (4,), {}, **dict(flags))
         self.app = App(settings, feed, Metrics("userspace", (4,)), SystemClock())
 

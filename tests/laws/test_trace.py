@@ -256,7 +256,7 @@ def forwarder(data, family):
 @given(st.data())
 def test_the_program_at_the_socket_lookup_does_what_the_plan_says(family, data):
     cluster, world, pods = forwarder(data, family)
-    captured = Captured(cluster.ports, world, pods, workers=data.draw(st.integers(1, 3)))
+    captured = Captured(cluster.ports, world, pods)
     for packet in packets(cluster):
         planned = fate(cluster.ports, packet, world)
         if isinstance(planned, Delivered):
@@ -264,19 +264,6 @@ def test_the_program_at_the_socket_lookup_does_what_the_plan_says(family, data):
         elif route_of(cluster.ports, packet, world) is None:
             planned = as_forwarder(planned, cluster.ports, packet, world)
         assert captured.fate(packet, world) == planned, packet
-
-
-@FAMILIES
-@settings(max_examples=20)
-@given(st.data())
-def test_a_client_with_affinity_has_one_worker(family, data):
-    cluster, world, pods = forwarder(data, family)
-    captured = Captured(cluster.ports, world, pods, workers=3)
-    for packet in packets(cluster):
-        route = route_of(cluster.ports, packet, world)
-        if route is not None and is_affine(route):
-            ports = range(40000, 40100, 7)
-            assert len({captured.socket(packet, port) for port in ports}) == 1
 
 
 @FAMILIES

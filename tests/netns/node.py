@@ -119,11 +119,6 @@ class Node:
     def vip(self, number=1):
         return VIP[self.family].format(number)
 
-    @property
-    def frontends(self):
-        """The target of the listeners, for what tests count in it."""
-        return self.carrier._target._listeners
-
     async def start(self, changes=()):
         """Begin with what has been listed, as a process does; return the first sync's report."""
         for change in changes:

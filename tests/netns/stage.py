@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from pyproxy.demo.cluster import PODS
+from pyproxy.demo.cluster import NODES, PODS
 from pyproxy.demo.lab import Lab, isolate
 from pyproxy.demo.story import Demo
 from pyproxy.demo.table import Look
@@ -156,6 +156,7 @@ class Stage:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            preexec_fn=lambda: self.lab.enter(NODES[0].name),
         )  # fmt: skip
         async with asyncio.timeout(COMMAND_SECONDS):
             output, errors = await process.communicate()

@@ -460,13 +460,13 @@ async def test_sockets_are_balanced_while_no_process_runs_and_by_the_next(family
         Backend(family, "b") as b,
         plain_socket(family, socket.SOCK_DGRAM) as flow,
     ):
-        async with started(family, config) as node:
+        async with proxied(family, config, keep=True) as node:
             where = (node.vip(), 80)
             await serve(node, a.address)
             assert await exchanged(flow, where) == ("a", True, where)
         assert await client_asks(family, where) == ("a", True)
         assert await exchanged(flow, where) == ("a", True, where)
-        async with started(family, config) as node:
+        async with proxied(family, config, keep=True) as node:
             await serve(node, a.address, b.address)
             names = [await client_asks(family, where) for _ in range(4)]
             assert Counter(names) == {("a", True): 2, ("b", True): 2}
@@ -487,7 +487,7 @@ def test_programs_need_not_be_able_to_refuse(family, test_cgroup):
 
 async def test_what_was_pinned_goes_when_it_is_switched_off(config, bpffs):
     with Backend(4, "a") as backend:
-        async with started(4, config) as node:
+        async with proxied(4, config, keep=True) as node:
             await serve(node, backend.address)
         assert await client_asks(4, (node.vip(), 80)) == ("a", True)
         off = Config(userspace=Userspace(cgroup=config.userspace.cgroup, socket_lb="off"))
@@ -501,19 +501,3 @@ async def serve(node, *addresses):
     for proto in ("TCP", "UDP"):
         await node.service(f"web-{proto.lower()}", 1, proto=proto)
         await node.endpoints(f"web-{proto.lower()}", *addresses, proto=proto)
-
-
-@asynccontextmanager
-async def started(family, config):
-    """A node whose process ends without removing anything."""
-    async with proxied(family, config) as node:
-        node.stop = ending(node)
-        yield node
-
-
-def ending(node):
-    async def stop():
-        node.job.cancel()
-        await node.carrier.aclose()
-
-    return stop

@@ -128,6 +128,19 @@ async def test_without_endpoints_clients_are_refused_at_once(family):
 
 
 @both
+async def test_an_address_of_others_without_endpoints_is_not_silent(family):
+    """The kernel sends no IPv4 reset from an address that is not its own."""
+    elsewhere = {4: "203.0.113.9", 6: "2001:db8::9"}[family]
+    async with proxied(family) as node:
+        await node.service("web", 1, external_ips=(elsewhere,))
+        met = await outcome(node.ask(elsewhere))
+        if node_module.CAPTURE == "sk_lookup" and family == 4:
+            assert "reset" in met.lower()
+        elif family == 6:
+            assert met == "refused"
+
+
+@both
 async def test_undefined_ports_of_a_service_address_stay_silent(family):
     async with Backend(family, "a") as a, proxied(family) as node:
         await node.service("web", 1)

@@ -24,7 +24,6 @@ from pyproxy.rules.capture import (
 from pyproxy.rules.capture_code import (
     ADDRESS_FAMILY,
     FAMILY,
-    FIRST_WORKER,
     LOCAL_IP4,
     LOCAL_IP6,
     LOCAL_PORT,
@@ -32,9 +31,9 @@ from pyproxy.rules.capture_code import (
     PROTOCOL,
     REMOTE_IP4,
     REMOTE_IP6,
-    REMOTE_PORT,
-    SINK_OF_TCP,
-    SINK_OF_UDP,
+    SERVING_UDP,
+    SILENT_TCP,
+    SILENT_UDP,
     SK_ASSIGN,
     SK_DROP,
     SK_RELEASE,
@@ -107,7 +106,7 @@ class Captured(Listeners):
     It is the program's verdict that counts; whose backends a client gets is the listener's word.
     """
 
-    def __init__(self, ports, world, pods, workers=1):
+    def __init__(self, ports, world, pods):
         super().__init__(ports, world, pods)
         family, size = world.family, sizes(world.family)
         self.maps = Maps(
@@ -115,7 +114,7 @@ class Captured(Listeners):
             networks=Trie(size.network),
             sockets=Hash(4),
         )
-        self.code = code(family, Maps(*range(len(self.maps))), workers)
+        self.code = code(family, Maps(*range(len(self.maps))))
         for number, (frontend, listener) in enumerate(self.listeners.items(), 1):
             made = entry(listener.route)
             limited = made.sources is not None
@@ -129,7 +128,7 @@ class Captured(Listeners):
             self.maps.networks[network_key(network)] = NUMBER.pack(ORIGINS[origin])
         for ip in world.node_port_ips if world.node_port_ips is not None else ("",):
             self.maps.entries[address_key(ip, family)] = packed_standing("node ports")
-        for index in range(FIRST_WORKER + 2 * workers):
+        for index in range(SERVING_UDP + 1):
             self.maps.sockets[NUMBER.pack(index)] = index
 
     def fate(self, packet, world):
@@ -139,7 +138,7 @@ class Captured(Listeners):
             if isinstance(action, Pass):
                 return UNTOUCHED  # a routing rule leads it past
         socket = self.socket(packet)
-        if socket in (SINK_OF_TCP, SINK_OF_UDP):
+        if socket in (SILENT_TCP, SILENT_UDP):
             return DROPPED
         if socket is None:
             return UNTOUCHED
@@ -147,22 +146,22 @@ class Captured(Listeners):
             return REFUSED
         return Delivered(frozenset(backend.address for backend in action.pool.backends))
 
-    def socket(self, packet, port=40000):
-        """Return the number of the socket that gets the packet, which comes from this port."""
+    def socket(self, packet):
+        """Return the number of the socket that gets the packet."""
         assigned = []
         helpers = {
             MAP_LOOKUP: look_up,
             SK_ASSIGN: lambda _context, found, *_: assigned.append(found.memory) or 0,
             SK_RELEASE: lambda *_: 0,
         }
-        verdict = run(self.code, bytearray(context(packet, port)), self.maps, helpers)
+        verdict = run(self.code, bytearray(context(packet)), self.maps, helpers)
         if assigned:
             assert assigned[0] % 2 == (packet.proto == "UDP"), "a socket of another protocol"
             return assigned[0]
         return "refused" if verdict == SK_DROP else None
 
 
-def context(packet, port):
+def context(packet):
     """Return the ``struct bpf_sk_lookup`` of a packet."""
     sender, local = ip_address(packet.sender.ip).packed, ip_address(packet.destination).packed
     v4 = len(sender) == 4
@@ -170,7 +169,6 @@ def context(packet, port):
         FAMILY: NUMBER.pack(ADDRESS_FAMILY[4 if v4 else 6]),
         PROTOCOL: NUMBER.pack(PROTOCOLS[packet.proto]),
         REMOTE_IP4 if v4 else REMOTE_IP6: sender,
-        REMOTE_PORT: port.to_bytes(2, "big"),
         LOCAL_IP4 if v4 else LOCAL_IP6: local,
         LOCAL_PORT: NUMBER.pack(packet.port),
     }

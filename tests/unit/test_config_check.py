@@ -116,7 +116,6 @@ CASES = [
         " (did you mean sk_lookup?)",
     ),
     ({"userspace__socket_lb": "on"}, 'userspace.socketLB: "on" is not one of auto, off'),
-    ({"userspace__workers": -1}, "userspace.workers: -1 is not between 0 and 256"),
     ({"userspace__drain_timeout_seconds": -1.0}, "userspace.drainTimeout: -1s is negative"),
     (
         {"userspace__runtime_dir": "run"},
@@ -252,7 +251,7 @@ def test_all_problems_are_reported_together():
         ("ipvs", {}, ["nodePortAddresses"]),
         ("nftables", {"feature_gates": {"NativeHistogram": True}}, ["featureGates"]),
         ("nftables", {"ipvs__scheduler": "rr"}, ["ipvs"]),
-        ("nftables", {"userspace__workers": 2}, ["userspace"]),
+        ("nftables", {"userspace__capture": "tproxy"}, ["userspace"]),
         pytest.param(
             "nftables", {"ipvs__min_sync_period_seconds": 9.0}, [], id="period everywhere"
         ),

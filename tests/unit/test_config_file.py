@@ -130,12 +130,11 @@ def test_a_file_that_says_nothing_is_the_defaults():
         ("mode: nftables", Config(mode="nftables")),
         ("userspace: {capture: ''}", Config()),
         (
-            "userspace: {capture: tproxy, workers: 2, socketLB: 'off', drainTimeout: 1m,"
+            "userspace: {capture: tproxy, socketLB: 'off', drainTimeout: 1m,"
             " keepClientAddress: false, runtimeDir: /x}",
             Config(
                 userspace=Userspace(
                     capture="tproxy",
-                    workers=2,
                     socket_lb="off",
                     keep_client_address=False,
                     drain_timeout_seconds=60.0,

@@ -4,7 +4,8 @@ from msgspec.structs import fields
 from pyproxy.config import IPVS, Config, IPTables, Logging, NFTables, VModule, setting
 from pyproxy.config.check import validate
 from pyproxy.config.flags import Options, effective_config, flag_values, help_text, parse
-from pyproxy.config.flags_table import FLAGS, GROUPS, LOGGING
+from pyproxy.config.flags_logging import LOGGING
+from pyproxy.config.flags_table import FLAGS, GROUPS
 from pyproxy.config.text import ConfigError
 
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"

@@ -1,9 +1,47 @@
-"""The flags of mode userspace, which are pyproxy's own."""
+"""The flags that kube-proxy has not."""
 
 from typing import Final
 
 from pyproxy.config import CAPTURES, SOCKET_LB
-from pyproxy.config.flags_kinds import BOOL, DURATION, INTEGER, STRING, Flag, Group
+from pyproxy.config.flags_kinds import BOOL, CIDRS, DURATION, LOOP, STRING, Flag, Group
+
+OWN: Final = Group(
+    "pyproxy's own",
+    (
+        Flag(
+            "manifests",
+            STRING,
+            "",
+            "Take Services and EndpointSlices from this file or directory instead of an API "
+            "server.",
+            placeholder="PATH",
+        ),
+        Flag("service-cidr", CIDRS, "", "With --manifests: the ranges of cluster IPs."),
+        Flag(
+            "control-socket",
+            STRING,
+            "",
+            "Where commands such as pyproxy explain are answered, to root; empty: nowhere.",
+            placeholder="PATH",
+        ),
+        Flag(
+            "state-dir",
+            STRING,
+            "",
+            "Where the cluster's last known state is kept, for a start without the API server; "
+            "empty: nowhere.",
+            placeholder="PATH",
+        ),
+        Flag(
+            "cloud-annotations",
+            STRING,
+            "cloud_annotations",
+            "The cloud whose annotations of Services count: huawei.",
+            placeholder="CLOUD",
+        ),
+        Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
+    ),
+)
 
 USERSPACE: Final = Group(
     "Mode userspace",
@@ -15,13 +53,6 @@ USERSPACE: Final = Group(
             "How packets for Services come to our sockets: one of "
             f"{', '.join(CAPTURES)}; auto is the first that works.",
             placeholder="HOW",
-        ),
-        Flag(
-            "userspace-workers",
-            INTEGER,
-            "userspace.workers",
-            "Processes that carry traffic; 0 is one for each core.",
-            default="0",
         ),
         Flag(
             "userspace-socket-lb",

@@ -1,0 +1,13 @@
+"""What a daemon tells of its own settings to those who look at its node."""
+
+from pyproxy.view import Answer
+
+
+class Setup(Answer, frozen=True):
+    """The answer of ``/v1/setup``."""
+
+    node: str
+    mode: str
+    kubeconfig: str
+    pod_cidrs: tuple[str, ...]
+    service_cidrs: tuple[str, ...]

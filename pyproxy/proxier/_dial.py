@@ -1,0 +1,207 @@
+"""Calls backends for a client of TCP, one after another, until one answers."""
+
+import socket
+from contextlib import suppress
+from errno import EALREADY, EINPROGRESS, EINVAL
+from socket import SocketType
+from typing import Protocol
+
+from pyproxy.balancer import Picker
+from pyproxy.model import Action, Address, Forward
+from pyproxy.proxier._poller import ERROR, HUP
+from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES
+from pyproxy.proxier._tcp import TcpConnection, TcpRelay
+from pyproxy.proxier._transparent import dress
+from pyproxy.rules.listeners import Surroundings
+
+TIMEOUTS = (0.25, 0.5, 1.0, 2.0)  # seconds; kube-proxy's userspace mode had the same
+PAUSE_SECONDS = 0.2  # without file descriptors, until the next attempt
+PAUSES = 20  # until a connection without a file descriptor for its backend is given up
+
+
+class Front(Protocol):
+    """What the plan says by now of the frontend that a client came to."""
+
+    picker: Picker
+
+    def action(self, ip: str, around: Surroundings) -> Action: ...
+
+
+class Dial:
+    """A client whose backend is being connected to: each attempt to another one.
+
+    Backends of this node answer while they are called, and the client need not be watched.
+    """
+
+    __slots__ = (
+        "_address",
+        "_attempts",
+        "_backend",
+        "_front",
+        "_ip",
+        "_is_dressed",
+        "_pauses",
+        "_picker",
+        "_relay",
+        "_tried",
+        "_waiting",
+        "client",
+        "until",
+    )
+
+    _address: Address
+    _picker: Picker
+
+    def __init__(self, relay: TcpRelay, front: Front, client: SocketType, ip: str) -> None:
+        self._relay = relay
+        self._front = front
+        self._ip = ip
+        self._attempts = 0
+        self._pauses = 0
+        self._tried: tuple[Address, ...] = ()
+        self._backend: SocketType | None = None
+        self._waiting: Waiting | None = None
+        self._is_dressed = False  # the backend sees the client's address
+        self.client = client
+        self.until = 0.0  # when it is to be looked after
+
+    def begin(self) -> None:
+        """Call a backend, with what the plan says by now."""
+        relay, front, ip = self._relay, self._front, self._ip
+        now = relay.loop.time()
+        while self._attempts < len(TIMEOUTS):
+            action, picker = front.action(ip, relay.surroundings()), front.picker
+            if not isinstance(action, Forward):
+                self._lose("no_endpoint" if self._attempts else None)
+                return
+            backend = relay.new_socket(self.client.family, now)
+            if backend is None:
+                relay.starving.add(self)
+                self._wait(now + PAUSE_SECONDS)
+                return
+            address = picker.pick(action.pool, ip, now, self._tried)
+            self._tried += (address,)
+            seconds = TIMEOUTS[self._attempts]
+            self._attempts += 1
+            error = self._call(backend, action, address, now)
+            if error and error != EALREADY:
+                backend.close()
+                continue
+            picker.opened(address)  # others that dial meanwhile shall know
+            self._backend, self._picker, self._address = backend, picker, address
+            if error:
+                relay.poller.add(backend.fileno(), READS_AND_WRITES, self)
+                self._wait(now + seconds)
+            else:
+                self._join(backend)
+            return
+        self._lose("dial_failed")
+
+    def ready(self, events: int) -> None:
+        """Join the two sides, or try another backend."""
+        assert self._backend is not None, "it was registered"
+        if events & (ERROR | HUP):
+            self._drop()
+            self.begin()
+        else:
+            self._join(self._backend, events)
+
+    def late(self) -> None:
+        """Try another backend, or once more to have a socket."""
+        if self._backend is not None:
+            if self._is_dressed and self._relay.transparent is not None:
+                # Once more, as this node: perhaps the answers go another way.
+                self._relay.transparent.distrust(self._address, self._relay.loop.time())
+                self._attempts -= 1
+                self._tried = self._tried[:-1]
+            self._drop()
+        else:
+            self._relay.starving.discard(self)
+            self._pauses += 1
+            if self._pauses > PAUSES:
+                self._lose("dial_failed")
+                return
+        self.begin()
+
+    def give_up(self) -> None:
+        self._drop()
+        self._lose(None)
+
+    def _wait(self, until: float) -> None:
+        self.until = until
+        self._relay.dialling(self)
+        if self._waiting is None:
+            self._waiting = Waiting(self)
+            self._relay.poller.add(self.client.fileno(), READS, self._waiting)
+
+    def _join(self, backend: SocketType, events: int = 0) -> None:
+        relay, poller = self._relay, self._relay.poller
+        relay.dialled(self)
+        connection = TcpConnection(relay, self.client, backend, self._picker, self._address)
+        near, far = connection.near, connection.far
+        if events:
+            far.watches_writing = True
+            poller.lead(far.fd, far)
+        else:
+            poller.add(far.fd, READS, far)
+        if self._waiting is not None:
+            poller.lead(near.fd, near)
+            near.ready(self._waiting.events)
+        else:
+            near.pump()  # most clients have spoken by now
+            if not near.is_over:
+                poller.add(near.fd, READS, near)
+        if events and not far.is_over:
+            far.ready(events)
+
+    def _call(self, backend: SocketType, action: Forward, address: Address, now: float) -> int:
+        """Connect, as the client if it keeps its address; return the error."""
+        transparent = self._relay.transparent
+        self._is_dressed = transparent is not None and transparent.keeps(
+            action, self._ip, address, now
+        )
+        if self._is_dressed:
+            try:
+                dress(backend, self._ip)
+            except OSError as error:
+                return error.errno or EINVAL
+        return called(backend, address)
+
+    def _drop(self) -> None:
+        if self._backend is not None:
+            self._picker.closed(self._address)
+            self._relay.poller.close_socket(self._backend)
+            self._backend = None
+
+    def _lose(self, result: str | None) -> None:
+        """Reset the client, for it has no backend."""
+        self._relay.starving.discard(self)
+        self._relay.dialled(self)
+        with suppress(OSError):
+            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+        self._relay.poller.close_socket(self.client)
+        if result is not None:
+            self._relay.observe(result)
+
+
+class Waiting:
+    """What a client does until its backend answers; if it goes, nobody is called any more."""
+
+    __slots__ = ("_dial", "events")
+
+    def __init__(self, dial: Dial) -> None:
+        self._dial = dial
+        self.events = 0
+
+    def ready(self, events: int) -> None:
+        self.events |= events
+        if events & ERROR:
+            self._dial.give_up()
+
+
+def called(sock: SocketType, address: Address) -> int:
+    """Connect; return the error, which is EALREADY while the other side has not answered."""
+    error = sock.connect_ex(address)
+    if error == EINPROGRESS:  # a pod of this node has answered by now
+        error = sock.connect_ex(address)
+    return error
