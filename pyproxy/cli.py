@@ -170,6 +170,8 @@ async def migrating(
     asked: "migration.Request", options: Options, config: Config, node: str, text: str | None
 ) -> int:
     """Look what there is, say what becomes of it, and make it so."""
+    from pyproxy.doctor.findings import worth_a_warning
+    from pyproxy.doctor.look import quickly
     from pyproxy.migration import Migration, described, obstacle, situation
     from pyproxy.process import families
     from pyproxy.proxier._others import OthersError
@@ -179,6 +181,11 @@ async def migrating(
     except OthersError as error:
         return fail(f"migrate: {error}")
     show(f"from: {described(now)}\nto: {config.mode}")
+    findings = worth_a_warning(await asyncio.to_thread(quickly, config, config.mode, families()))
+    for finding in findings:
+        show(f"{finding.severity}: {finding.subject}: {finding.what} (fix: {finding.fix})")
+    if any(finding.severity == "error" for finding in findings):
+        return fail("migrate: this node is not ready; pyproxy doctor says more")
     problem = obstacle(asked, now)
     if problem is not None:
         return fail(f"migrate: {problem}")

@@ -1,4 +1,4 @@
-"""``pyproxy migrate``: no new connection fails, and no long one is lost, on the way between modes."""
+"""``pyproxy migrate``: between modes no new connection fails, and no long one is lost."""
 
 import json
 import os
