@@ -144,11 +144,14 @@ class App:
         finally:
             await self._feed.aclose()
 
-    async def settled(self) -> list[tuple[Lane, Proxier]]:
-        """Wait until every family is written once; return who wrote it."""
+    async def settled(self) -> None:
+        """Wait until every family is written once."""
         for lane in self._lanes:
             await lane.first_sync.wait()
-        return list(zip(self._lanes, self._proxiers, strict=True))
+
+    def carriers(self) -> tuple[tuple[Lane, Proxier], ...]:
+        """Return who writes what, as far as that is known yet."""
+        return tuple(zip(self._lanes, self._proxiers, strict=False))
 
     def troubles(self) -> tuple[str, ...]:
         """Return why the last sync of a family failed, or that there was none."""

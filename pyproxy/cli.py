@@ -195,8 +195,11 @@ async def migrating(
         config = replace(config, healthz_bind_address="", metrics_bind_address=ANY_PORT)
         options = replace(options, control_socket="", state_dir="")
     move = Migration(asked, now, config, print)
-    code = await serving(options, config, node, text, move)
-    return code if await move.undo() else 1
+    try:
+        code = await serving(options, config, node, text, move)
+    finally:
+        moved = await move.undo()
+    return code if moved else 1
 
 
 async def serving(

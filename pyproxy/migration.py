@@ -171,7 +171,7 @@ class Migration:
         self._config = config
         self._say = say
         self._silent: list[Other] = []
-        self._written: list[tuple[Lane, Proxier]] = []
+        self._written: tuple[tuple[Lane, Proxier], ...] = ()
         self._is_over = False  # and cannot be undone
 
     def feed(self, feed: Feed) -> Feed:
@@ -185,6 +185,7 @@ class Migration:
         except (OthersError, ApplyError) as error:
             raise Fatal(f"migrate: {error}") from error
         finally:
+            self._written = app.carriers()
             if not self._is_over:
                 await self._wake()
         if not self._asked.then_run:
@@ -202,17 +203,15 @@ class Migration:
                 await carrier.clear()
             except ApplyError as error:
                 self._say(f"cannot remove the new rules: {error}")
-            finally:
-                await carrier.aclose()
         self._say(f"rolled back: mode {self._asked.to} has no rules, and the others are as before")
         return False
 
     async def _move(self, app: App) -> None:
-        self._written = await self._settled(app)
+        await self._settled(app)
         entries = 0
-        for lane, carrier in self._written:
+        for lane, carrier in app.carriers():
             entries += await compared(lane, carrier)
-        plans = [lane.plan for lane, _carrier in self._written]
+        plans = [lane.plan for lane, _carrier in app.carriers()]
         ports = sum(len(plan.ports) for plan in plans)
         self._say(
             f"written: {ports} ports of Services, {entries} entries, compared with the kernel"
@@ -231,24 +230,23 @@ class Migration:
         self._say("removed: what was there before")
         await self._probe(plans, "after the removal")
 
-    async def _settled(self, app: App) -> list[tuple[Lane, Proxier]]:
+    async def _settled(self, app: App) -> None:
+        """Wait until everything is written. Raises ``Fatal`` where something cannot be."""
         try:
             async with asyncio.timeout(WRITE_SECONDS):
-                written = await app.settled()
+                await app.settled()
         except TimeoutError as error:
             why = "; ".join(app.troubles())
             raise Fatal(f"migrate: not written after {WRITE_SECONDS:.0f} s: {why}") from error
         lost = [
             why
-            for lane, _carrier in written
+            for lane, _carrier in app.carriers()
             for owner in lane.plan.ports
             for why in lane.progress.refusals(owner)
         ]
         if lost:
-            self._written = written
             more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
             raise Fatal(f"migrate: this node cannot serve {'; '.join(lost[:3])}{more}")
-        return written
 
     async def _silence(self) -> None:
         for other in self._now.others:
