@@ -21,9 +21,7 @@ from pyproxy.http import Responder
 from pyproxy.questions import QUESTIONS, SHEETS, VERSION, Sheet
 from pyproxy.view import Answer, Complaint, NotThereError, Query, QueryError, View, asked_services
 
-DEFAULT_SOCKET: Final = "/run/pyproxy/pyproxy.sock"
 AGAIN_SECONDS: Final = 5.0  # until a path that another process has is tried again
-
 PASS_SECONDS: Final = 0.005  # one pass on the event loop
 
 encode: Final = msgspec.json.encode

@@ -1,27 +1,35 @@
 """What the running process tells commands: its parts as one view, and what only it can find out."""
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final
 
-from pyproxy.config import Config, gate, node_port_cidrs
+from pyproxy.config import Config, gate
 from pyproxy.control import LiveQuestion
+from pyproxy.counting import Counting
+from pyproxy.doctor.look import open_files
 from pyproxy.doctor.setup import Setup
+from pyproxy.ip import is_loopback
 from pyproxy.lane import Lane
 from pyproxy.listing import DifferenceRow, Verification, VerifiedFamily
 from pyproxy.metrics import Metrics
 from pyproxy.model import Family, Kind, ObjectName
 from pyproxy.plan import Site
 from pyproxy.proxier import Env
-from pyproxy.proxier._around import surroundings
+from pyproxy.proxier._around import node_port_ips, surroundings
 from pyproxy.reconcile import ApplyError, Proxier, Verified
 from pyproxy.rules.listeners import Surroundings
+from pyproxy.service_metrics import MOST_ROWS, ServiceMetrics
 from pyproxy.topology import Place
+from pyproxy.traffic import TrafficCounts, asked_rows, wants_endpoints
 from pyproxy.view import FamilyView, Query, QueryError, View, asked_service
 
 ATTEMPTS: Final = 20  # to look between two syncs
 PAUSE_SECONDS: Final = 0.05
+
+log = logging.getLogger(__name__)
 
 
 class Daemon:
@@ -32,11 +40,15 @@ class Daemon:
         self._config = config
         self._lanes = lanes
         self._carriers: dict[Family, tuple[Env, Proxier]] = {}
+        self._counted: dict[Family, Proxier] = {}
+        self._counting = Counting(self._counted)
+        self._service_metrics: ServiceMetrics | None = None
         self._metrics: Metrics | None = None
 
     def carries(self, env: Env, carrier: Proxier) -> None:
         """Take in who writes a family's plan, once it is known."""
         self._carriers[env.family] = (env, carrier)
+        self._counted[env.family] = carrier
 
     def publish(self, metrics: Metrics) -> None:
         """Have metrics tell how far each kind of object is written, and what audits found."""
@@ -45,6 +57,15 @@ class Daemon:
         for lane in self._lanes:
             for kind in kinds:
                 metrics.applied(kind, lane.family, partial(lane.written, kind))
+        if self._config.service_metrics != "off":
+            self._service_metrics = ServiceMetrics(on_full=tell_of_many)
+            metrics.register(self._service_metrics)
+
+    async def count(self) -> None:
+        """Bring the metrics of Services up to date, before they are read."""
+        if self._service_metrics is not None:
+            by_endpoint = self._config.service_metrics == "endpoint"
+            await self._counting.publish(self._service_metrics, by_endpoint=by_endpoint)
 
     def view(self) -> View:
         return View(
@@ -58,7 +79,20 @@ class Daemon:
 
     def live(self) -> Mapping[str, LiveQuestion]:
         """Return what is asked about more than the state, by its path."""
-        return {"verify": self._verify, "audit": self._audit, "setup": self._setup}
+        return {
+            "verify": self._verify,
+            "audit": self._audit,
+            "setup": self._setup,
+            "traffic": self._traffic,
+        }
+
+    async def _traffic(self, query: Query) -> TrafficCounts:
+        """Read what went to each Service port, or to each endpoint."""
+        found = await self._counting.traffic(by_endpoint=wants_endpoints(query))
+        now = asyncio.get_running_loop().time()
+        return TrafficCounts(
+            self._config.mode, now, asked_rows(found, query), self._counting.problems
+        )
 
     async def _setup(self, _query: Query) -> Setup:
         envs = [env for env, _carrier in self._carriers.values()]
@@ -67,8 +101,10 @@ class Daemon:
             node=self._node,
             mode=self._config.mode,
             kubeconfig=self._config.client_connection.kubeconfig,
+            needs_pod_cidrs=self._config.detect_local_mode == "NodeCIDR",
             pod_cidrs=node.pod_cidrs if node is not None else (),
             service_cidrs=envs[0].service_cidrs() if envs else (),
+            open_files=open_files(),
         )
 
     async def _verify(self, query: Query) -> Verification:
@@ -119,9 +155,16 @@ class Daemon:
             plan=lane.plan,
             site=lane.site or Site(Place(self._node)),
             around=surroundings(env) if env is not None else Surroundings(),
-            node_port_ips=node_port_ips(env) if env is not None else frozenset(),
+            node_port_ips=answering_ips(env) if env is not None else frozenset(),
             progress=lane.progress,
         )
+
+
+def tell_of_many(count: int) -> None:
+    log.warning(
+        "metrics have the busiest Services or endpoints only, and the others as one",
+        extra={"count": count, "shown": MOST_ROWS},
+    )
 
 
 def compared(lane: Lane, found: Verified) -> VerifiedFamily:
@@ -134,16 +177,11 @@ def unknown(lane: Lane, why: str) -> VerifiedFamily:
     return VerifiedFamily(lane.family, "unknown", 0, problem=why)
 
 
-def node_port_ips(env: Env) -> frozenset[str]:
+def answering_ips(env: Env) -> frozenset[str]:
     """Return the addresses of this node that serve node ports."""
-    ranges = node_port_cidrs(env.config, env.family, env.node_ips)
-    seen = env.host.snapshot
-    own = seen.ips(env.family) if ranges is None else frozenset(seen.ips_in(env.family, ranges))
+    chosen = node_port_ips(env, loopback=True)
+    own = env.host.snapshot.ips(env.family) if chosen is None else frozenset(chosen)
     on_loopback = env.config.mode in ("userspace", "iptables") and (
         env.config.iptables.localhost_node_ports
     )
     return own if on_loopback else frozenset(ip for ip in own if not is_loopback(ip))
-
-
-def is_loopback(ip: str) -> bool:
-    return ip.startswith("127.") or ip == "::1"

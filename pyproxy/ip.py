@@ -34,6 +34,11 @@ def parse_network(text: str) -> Network | None:
     return _network(ip, int(prefix_text))
 
 
+def is_loopback(ip: str) -> bool:
+    """Say whether an address in canonical form is the node's for itself."""
+    return ip.startswith("127.") or ip == "::1"
+
+
 # IPv6 endpoints come again with each update of their slice.
 @lru_cache(maxsize=8192)
 def _canonical_unusual_ip(text: str) -> str | None:

@@ -91,9 +91,6 @@ class Lane:
         """Return up to which ``resourceVersion`` all objects of a kind are written; 0: unknown."""
         return self.progress.written(self.cache.versions).get(kind, 0)
 
-    def pending_count(self) -> int:
-        return len(self._pending)
-
     def _request(self) -> None:
         if self._proxier is not None:
             self._observer.requested(self.family)

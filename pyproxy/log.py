@@ -102,11 +102,6 @@ def set_verbosity(level: int) -> None:
     _VERBOSITY.set_level(level)
 
 
-def verbose(level: int) -> bool:
-    """Say whether the caller's file logs at this verbosity: a guard for fields that cost time."""
-    return _VERBOSITY.allows(level, sys._getframe(1).f_code.co_filename)
-
-
 def vlog(log: logging.Logger, level: int, event: str, /, **fields: object) -> None:
     """Log an event if the caller's file logs at this verbosity. Any name of a field will do."""
     if _VERBOSITY.allows(level, sys._getframe(1).f_code.co_filename):

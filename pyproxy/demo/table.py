@@ -10,7 +10,7 @@ from pyproxy.demo.expect import Case, Check, Reply, Update
 WIDTH = 108
 BAR_CELLS = 4
 EIGHTHS = " ▏▎▍▌▋▊▉█"
-GREEN, RED, BOLD, FAINT = "32", "31", "1", "2"
+GREEN, RED, BOLD = "32", "31", "1"
 
 
 class Look(NamedTuple):

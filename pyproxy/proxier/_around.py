@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 
-from pyproxy.config import local_cidr
+from pyproxy.config import local_cidr, node_port_cidrs
 from pyproxy.host import LOOPBACK
+from pyproxy.ip import is_loopback
 from pyproxy.model import Network
 from pyproxy.proxier import Env
 from pyproxy.rules.listeners import Surroundings
@@ -28,6 +29,27 @@ def pod_networks(env: Env) -> tuple[Network, ...]:
             cidr = local_cidr(env.config, env.family, env.node)
             return (cidr,) if cidr is not None else ()
     return env.host.snapshot.networks(env.family, matches)
+
+
+def pods_of(env: Env, any_suffix: str) -> Network | str | None:
+    """Return how rules recognise local pods: their network, or interface (perhaps a pattern)."""
+    detect = env.config.detect_local
+    match env.config.detect_local_mode:
+        case "BridgeInterface":
+            return detect.bridge_interface
+        case "InterfaceNamePrefix":
+            return f"{detect.interface_name_prefix}{any_suffix}"
+        case _:
+            return local_cidr(env.config, env.family, env.node)
+
+
+def node_port_ips(env: Env, *, loopback: bool = False) -> tuple[str, ...] | None:
+    """Return the node's addresses that serve node ports, in order; None is every one it has."""
+    ranges = node_port_cidrs(env.config, env.family, env.node_ips)
+    if ranges is None:
+        return None
+    found = env.host.snapshot.ips_in(env.family, ranges)
+    return tuple(ip for ip in found if loopback or not is_loopback(ip))
 
 
 def has_prefix(prefix: str, name: str) -> bool:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from pyproxy.cache import Owners
+from pyproxy.counters import Reading
 from pyproxy.model import Frontend, PortPlan
 from pyproxy.plan import Plan
 from pyproxy.proxier import _ipvsnl as nl
@@ -99,6 +100,9 @@ class Scheduled:
 
     async def verify(self, owners: Owners) -> Verified | None:
         return await self._inner.verify(owners)
+
+    async def counters(self, *, by_endpoint: bool) -> Reading | None:
+        return await self._inner.counters(by_endpoint=by_endpoint)
 
     async def clear(self) -> None:
         await self._inner.clear()

@@ -47,7 +47,6 @@ from pyproxy.rules.nft import (
 )
 
 NFPROTO: dict[Family, int] = {4: 2, 6: 10}
-ALL_NFPROTO = {nfproto: family for family, nfproto in NFPROTO.items()}
 
 LIST_ELEM = 1
 DATA_VALUE, DATA_VERDICT = 1, 2

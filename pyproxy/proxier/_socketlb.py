@@ -7,11 +7,12 @@ depends on it.
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 
 from pyproxy.config import node_port_cidrs
+from pyproxy.counters import Entry
 from pyproxy.delta import Delta
 from pyproxy.model import Address, Frontend
 from pyproxy.proxier import Env
@@ -32,8 +33,12 @@ Listeners = Target[Frontend, Listener]
 class Balanced:
     """The listeners of one family, and sockets that are given backends before they get there."""
 
-    def __init__(self, env: Env, listeners: Listeners) -> None:
+    def __init__(
+        self, env: Env, listeners: Listeners, is_over: Callable[[], bool] = lambda: False
+    ) -> None:
+        """``is_over`` says whether a successor serves, which has the same maps."""
         self._env = env
+        self._is_over = is_over
         self._listeners = listeners
         self._sockets: SocketBalancer | None = None
         self._looked = False
@@ -53,6 +58,8 @@ class Balanced:
 
     async def apply(self, delta: Delta[Frontend, Listener]) -> Mapping[Frontend, str]:
         """Have the listeners serve first: whatever goes wrong here goes on to them."""
+        if self._is_over():
+            return {}
         self._withdraw(delta.removed)
         refused = await self._listeners.apply(delta)
         if self._sockets is None:
@@ -74,6 +81,10 @@ class Balanced:
     async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
         """Look at the listeners: they serve everybody whom nothing here helps."""
         return await self._listeners.compare(wanted)
+
+    async def counters(self, *, by_endpoint: bool) -> Sequence[Entry[Frontend]]:
+        """Return what was relayed: of sockets that were given a backend, nothing is counted."""
+        return await self._listeners.counters(by_endpoint=by_endpoint)
 
     async def clear(self) -> None:
         if self._sockets is not None:

@@ -9,6 +9,7 @@ import logging
 
 from pyproxy.cache import Owners
 from pyproxy.config import Config
+from pyproxy.counters import Reading
 from pyproxy.plan import Plan
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import surroundings
@@ -49,6 +50,9 @@ class Tracked:
 
     async def verify(self, owners: Owners) -> Verified | None:
         return await self._inner.verify(owners)
+
+    async def counters(self, *, by_endpoint: bool) -> Reading | None:
+        return await self._inner.counters(by_endpoint=by_endpoint)
 
     async def clear(self) -> None:
         await self._inner.clear()

@@ -6,11 +6,11 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
-from pyproxy.config import PRIMARY, Config, local_cidr, masquerade_all, node_port_cidrs
-from pyproxy.host import LOOPBACK
+from pyproxy.config import PRIMARY, Config, masquerade_all, node_port_cidrs
 from pyproxy.metrics import INVALID, LOCALHOST
 from pyproxy.model import Family, Network
 from pyproxy.proxier import Env, _iptc, _nfacct
+from pyproxy.proxier._around import node_port_ips, pods_of
 from pyproxy.proxier._flavour import answer_of, chosen_flavour, programs_of, tables_with
 from pyproxy.proxier._ipset import IpSets
 from pyproxy.proxier._iptables import Iptables, IptablesError
@@ -116,9 +116,9 @@ def ruleset_for(env: Env) -> Ruleset:
     return Ruleset(
         family=family,
         mark=1 << config.iptables.masquerade_bit,
-        pods=pods_of(env),
+        pods=pods_of(env, "+"),
         masquerade_all=masquerade_all(config, "iptables"),
-        node_port_ips=None if ranges is None else node_port_ips(env, ranges, loopback=localhost),
+        node_port_ips=node_port_ips(env, loopback=localhost),
         localhost_node_ports=localhost,
         drop_invalid=not is_liberal(),
         random_fully=programs is None or programs.random_fully,
@@ -135,21 +135,6 @@ def serves_localhost(config: Config, ranges: tuple[Network, ...] | None) -> bool
         network.version == 4 and (network.network_address.is_loopback or loopback in network)
         for network in ranges
     )
-
-
-def pods_of(env: Env) -> Network | str | None:
-    match env.config.detect_local_mode:
-        case "BridgeInterface":
-            return env.config.detect_local.bridge_interface
-        case "InterfaceNamePrefix":
-            return f"{env.config.detect_local.interface_name_prefix}+"
-        case _:
-            return local_cidr(env.config, env.family, env.node)
-
-
-def node_port_ips(env: Env, ranges: tuple[Network, ...], *, loopback: bool) -> tuple[str, ...]:
-    found = env.host.snapshot.ips_in(env.family, ranges)
-    return tuple(ip for ip in found if loopback or ip_address(ip) not in LOOPBACK[env.family])
 
 
 def is_liberal() -> bool:

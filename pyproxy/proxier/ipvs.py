@@ -10,10 +10,11 @@ from ipaddress import ip_address
 
 from msgspec.structs import replace
 
-from pyproxy.config import Config, local_cidr, masquerade_all, networks_of, node_port_cidrs
+from pyproxy.config import Config, masquerade_all, networks_of, node_port_cidrs
 from pyproxy.host import Snapshot
-from pyproxy.model import Family, Network, PortPlan
+from pyproxy.model import Family, PortPlan
 from pyproxy.proxier import Env
+from pyproxy.proxier._around import pods_of
 from pyproxy.proxier._ipvsaudit import audit
 from pyproxy.proxier._ipvslocal import Leads
 from pyproxy.proxier._ipvsnl import Ipvs
@@ -164,11 +165,11 @@ class Rulesets:
 
 def ruleset_for(env: Env) -> Ruleset:
     config = env.config
-    node_ips = node_port_ips(env)
+    node_ips = serving_ips(env)
     table = table_rules.Ruleset(
         family=env.family,
         mark=1 << config.iptables.masquerade_bit,
-        pods=pods_of(env),
+        pods=pods_of(env, "*"),
         masquerade_all=masquerade_all(config, "ipvs"),
         node_port_ips=node_ips,
         service_cidrs=networks_of(sorted(env.service_cidrs()), env.family),
@@ -176,17 +177,7 @@ def ruleset_for(env: Env) -> Ruleset:
     return Ruleset(table, node_ips, config.ipvs.scheduler or FALLBACK)
 
 
-def pods_of(env: Env) -> Network | str | None:
-    match env.config.detect_local_mode:
-        case "BridgeInterface":
-            return env.config.detect_local.bridge_interface
-        case "InterfaceNamePrefix":
-            return f"{env.config.detect_local.interface_name_prefix}*"
-        case _:
-            return local_cidr(env.config, env.family, env.node)
-
-
-def node_port_ips(env: Env) -> tuple[str, ...]:
+def serving_ips(env: Env) -> tuple[str, ...]:
     """Return the node's addresses that serve node ports: no loopback, nor of a link only."""
     snapshot = without_device(env)
     ranges = node_port_cidrs(env.config, env.family, env.node_ips)

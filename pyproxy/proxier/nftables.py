@@ -3,10 +3,12 @@
 import asyncio
 from functools import partial
 
-from pyproxy.config import Config, local_cidr, masquerade_all, networks_of, node_port_cidrs
-from pyproxy.model import Family, Network
+from pyproxy.config import Config, masquerade_all, networks_of
+from pyproxy.model import Family
 from pyproxy.proxier import Env
+from pyproxy.proxier._around import node_port_ips, pods_of
 from pyproxy.proxier._nfaudit import Audit, why_no_tables
+from pyproxy.proxier._nfcount import COUNTED
 from pyproxy.proxier._nfnetlink import NfError
 from pyproxy.proxier._nftarget import NfTarget, delete_tables
 from pyproxy.proxier._tracked import Tracked, set_limits
@@ -30,7 +32,8 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 def build(env: Env) -> Proxier:
     audit = Audit(env, partial(ruleset_for, env), nft_base.TABLE_NAME)
-    target = NfTarget(partial(ruleset_for, env), audit.found)
+    counted = COUNTED[env.config.service_metrics]
+    target = NfTarget(partial(ruleset_for, env), audit.found, counted=counted)
     env.host.on_change(audit.look_around)
     env.tasks.create_task(audit.run(target), name=f"audit IPv{env.family}")
     compiled = partial(compile_owner, ruleset_for(env))  # owners look at its lasting part only
@@ -50,28 +53,11 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
 def ruleset_for(env: Env) -> Ruleset:
     """Return what the rules depend on besides the plan, as of now."""
     config = env.config
-    ranges = node_port_cidrs(config, env.family, env.node_ips)
     return Ruleset(
         family=env.family,
         mark=1 << config.nftables.masquerade_bit,
-        pods=pods_of(env),
+        pods=pods_of(env, "*"),
         masquerade_all=masquerade_all(config, "nftables"),
-        node_port_ips=None if ranges is None else node_port_ips(env, ranges),
+        node_port_ips=node_port_ips(env),
         service_cidrs=networks_of(sorted(env.service_cidrs()), env.family),
     )
-
-
-def pods_of(env: Env) -> Network | str | None:
-    match env.config.detect_local_mode:
-        case "BridgeInterface":
-            return env.config.detect_local.bridge_interface
-        case "InterfaceNamePrefix":
-            return f"{env.config.detect_local.interface_name_prefix}*"
-        case _:
-            return local_cidr(env.config, env.family, env.node)
-
-
-def node_port_ips(env: Env, ranges: tuple[Network, ...]) -> tuple[str, ...]:
-    """Return the node's addresses that serve node ports: never one of loopback."""
-    found = env.host.snapshot.ips_in(env.family, ranges)
-    return tuple(ip for ip in found if not ip.startswith("127.") and ip != "::1")

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from pyproxy.balancer import Picker
-from pyproxy.config import Config, node_port_cidrs, sync_periods, with_setting
+from pyproxy.config import Config, sync_periods, with_setting
+from pyproxy.counters import Entry
 from pyproxy.delta import Delta
+from pyproxy.ip import is_loopback
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
 from pyproxy.proxier import Env
 from pyproxy.proxier import _transparent as transparent
-from pyproxy.proxier._around import surroundings
+from pyproxy.proxier._around import node_port_ips, surroundings
 from pyproxy.proxier._bypass import Bypass
 from pyproxy.proxier._capture import WAYS, Capture, best, risk, why_not
 from pyproxy.proxier._fronts import Fronts
@@ -63,7 +65,7 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 def build(env: Env) -> Proxier:
     frontends = Frontends(env)
-    target = Balanced(env, frontends)
+    target = Balanced(env, frontends, lambda: frontends.is_over)
     env.tasks.create_task(watch(frontends, env), name=f"watch routes IPv{env.family}")
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
@@ -138,6 +140,11 @@ class Frontends:
         self._bypass: Bypass | None = None
         env.host.on_change(self._look_around)
 
+    @property
+    def is_over(self) -> bool:
+        """Say whether a successor serves."""
+        return self._succession.is_over
+
     async def adopt(self) -> Mapping[Frontend, Listener]:
         """Return what listens; and see which local routes there are, from whomever."""
         if self._vips is None:
@@ -163,7 +170,7 @@ class Frontends:
 
         By the end of the first one everything is there that a predecessor has served.
         """
-        if self._succession.is_over:
+        if self.is_over:
             return {}
         changed = dict(delta.added) | {f: new for f, (_old, new) in delta.changed.items()}
         refused: dict[Frontend, str] = {}
@@ -206,6 +213,11 @@ class Frontends:
         lost = [Difference(f"local route {vip.ip}", "a route of ours", None) for vip in missing]
         return (*found, *lost)
 
+    async def counters(self, *, by_endpoint: bool) -> tuple[Entry[Frontend], ...]:
+        """Return what our sockets have carried; the kernel balances others without telling."""
+        entries = self._opened.entries() if self._opened is not None else ()
+        return tuple(entry for entry in entries if by_endpoint or entry.endpoint is None)
+
     async def clear(self) -> None:
         """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""
         problem = await cleanup(self._env.family, self._env.config)
@@ -219,7 +231,7 @@ class Frontends:
             self._leaving.cancel()
         await self._succession.wait(self._env.config.userspace.drain_timeout_seconds)
         self._succession.close()
-        if self._succession.is_over:
+        if self.is_over:
             if self._udp.open_count:
                 await asyncio.sleep(REPLIES_SECONDS)
             self._fronts.end()
@@ -337,14 +349,12 @@ class Frontends:
 
     def _look_around(self) -> None:
         """See anew which addresses are the node's, and what depends on it."""
-        env, seen = self._env, self._env.host.snapshot
-        ips = seen.ips(env.family)
+        env = self._env
         self._around = surroundings(env)
-        ranges = node_port_cidrs(env.config, env.family, env.node_ips)
-        serving = None if ranges is None else seen.ips_in(env.family, ranges)
-        if ranges is None and not env.config.iptables.localhost_node_ports:
-            serving = sorted(ip for ip in ips if not is_loopback(ip))
-        if self._opened is not None:
+        serving = node_port_ips(env, loopback=True)
+        if serving is None and not env.config.iptables.localhost_node_ports:
+            serving = tuple(sorted(ip for ip in self._around.node_ips if not is_loopback(ip)))
+        if self._opened is not None and not self.is_over:
             self._opened.surround(self._around, serving)
 
     def _source(self) -> str | None:
@@ -375,7 +385,3 @@ def pools(listeners: Mapping[Frontend, Listener]) -> list[Pool]:
             if isinstance(action, Forward):
                 found[id(action.pool)] = action.pool
     return list(found.values())
-
-
-def is_loopback(ip: str) -> bool:
-    return ip.startswith("127.") or ip == "::1"

@@ -84,8 +84,10 @@ def verdict(action: Action) -> Verdict:
     match action:
         case Forward():
             return "serve"
-        case Reject() | Pass():  # what passes by does not come here
+        case Reject():
             return "refuse"
+        case Pass():  # its packets come by on their way, and rules of nf_tables ask for a socket
+            return "pass"
         case Drop():
             return "silent"
 

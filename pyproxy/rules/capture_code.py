@@ -82,12 +82,6 @@ def decide(asm: Assembler, family: Family, maps: Maps) -> None:
     addresses = [remote + 4 * word for word in range(words)]
     asm.store(FP, NETWORK, 32 + 32 * words, 4)
     copy(asm, NETWORK + 8, addresses)
-    asm.load(R8, R7, 4, 4)
-    asm.jump_if(R8, "==", 0, "allowed")
-    asm.store(FP, NETWORK + 4, R8, 4)
-    look_up(asm, maps.networks, NETWORK)
-    asm.jump_if(R0, "==", 0, "silent")
-    asm.label("allowed")
     asm.store(FP, NETWORK + 4, 0, 4)
     look_up(asm, maps.networks, NETWORK)
     asm.set(R8, ORIGINS["outside"])
@@ -97,10 +91,16 @@ def decide(asm: Assembler, family: Family, maps: Maps) -> None:
     asm.label("origin")
     asm.set(R2, R7)
     asm.compute(R2, "+", R8)
-    asm.load(R3, R2, 0, 1)
-    asm.jump_if(R3, "==", VERDICTS["serve"], "serve")
-    asm.jump_if(R3, "==", VERDICTS["silent"], "silent")
-    asm.jump_if(R3, "==", VERDICTS["pass"], "pass")
+    asm.load(R9, R2, 0, 1)
+    asm.jump_if(R9, "==", VERDICTS["pass"], "pass")  # whatever the allowed sources are
+    asm.load(R8, R7, 4, 4)
+    asm.jump_if(R8, "==", 0, "allowed")
+    asm.store(FP, NETWORK + 4, R8, 4)
+    look_up(asm, maps.networks, NETWORK)
+    asm.jump_if(R0, "==", 0, "silent")
+    asm.label("allowed")
+    asm.jump_if(R9, "==", VERDICTS["serve"], "serve")
+    asm.jump_if(R9, "==", VERDICTS["silent"], "silent")
     asm.exit(SK_DROP)
 
 

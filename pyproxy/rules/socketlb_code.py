@@ -78,13 +78,12 @@ POD_SLOTS, NODE_SLOTS, POD_LIST, NODE_LIST, TURN, AFFINITY_NS, OWNER, AT_RANDOM 
     0, 4, 8, 12, 16, 24, 32, 40,
 )  # fmt: skip
 BACKEND_SIZE, FLAG = 20, 18  # the flag: on this node
-FLOW_KEY_SIZE = REVERSE_KEY_SIZE = 32
-AFFINITY_KEY_SIZE, AFFINITY_SIZE, USED_AT = 16, 32, 24
+USED_AT = 24  # in the value of an affinity
 
 # The stack. What stands side by side is a key together: slot and list, list and backend.
 SLOT, KEY, BACKEND = -68, -64, -44
 IS_LOCAL = -72  # whether the backend is on this node
-KEY_PORT, KEY_PROTOCOL, KEY_LIST = KEY + 16, KEY + 18, KEY + 19
+KEY_PROTOCOL, KEY_LIST = KEY + 18, KEY + 19
 FLOW, SERVICE = -104, -96  # the socket's cookie, and the address asked for
 REVERSE, REVERSE_BACKEND = -136, -128  # the socket's cookie, and its backend
 CLIENT, CLIENT_OWNER = -152, -144  # the namespace's cookie, and the Service port

@@ -4,7 +4,6 @@ Packets for a Service's address are local already, by their routes: it is enough
 socket. Linux: Documentation/networking/tproxy.rst. A connection that exists keeps its socket.
 """
 
-from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from pyproxy.model import Address, Family, Frontend, Proto, Route
@@ -24,7 +23,6 @@ from pyproxy.rules.nft import (
     Types,
     Verdict,
     VerdictMap,
-    packed_ip,
     packed_key,
 )
 
@@ -93,10 +91,6 @@ def frontend_element(frontend: Frontend, family: Family, verdict: Verdict) -> tu
         key = packed_key(types, (frontend.ip, frontend.proto, frontend.port))
         return FRONTENDS, Element(key, data=verdict)
     return NODE_PORTS, Element(packed_key(types[1:], (frontend.proto, frontend.port)), data=verdict)
-
-
-def ip_elements(ips: Iterable[str]) -> list[Element]:
-    return [Element(packed_ip(ip)) for ip in ips]
 
 
 def frontend_types(family: Family) -> Types:

@@ -14,7 +14,7 @@ from pyproxy.proxier import _handover
 from pyproxy.proxier._capture import WAYS, why_not
 from pyproxy.proxier._handover import meeting_place
 from tests.netns import node as node_module
-from tests.netns.node import Node, udp_client
+from tests.netns.node import Jobs, Node, udp_client
 from tests.netns.test_userspace import Backend
 
 both = pytest.mark.parametrize("family", [4, 6])
@@ -36,7 +36,8 @@ def config(tmp_path):
 @asynccontextmanager
 async def succession(family, config):
     """A node that serves, and a function that starts its successor and ends it."""
-    async with asyncio.TaskGroup() as tasks:
+    async with asyncio.TaskGroup() as group:
+        tasks = Jobs(group)
         first = Node(family, tasks, config)
         nodes = [first]
         await first.start()
@@ -52,10 +53,8 @@ async def succession(family, config):
         try:
             yield first, succeed
         finally:
+            await tasks.end()
             await nodes[-1].stop()
-            for task in asyncio.all_tasks():
-                if task.get_coro().__name__ == "run" and task is not asyncio.current_task():
-                    task.cancel()
 
 
 def recorded(node):

@@ -132,18 +132,14 @@ class Captured(Listeners):
             self.maps.sockets[NUMBER.pack(index)] = index
 
     def fate(self, packet, world):
-        listener = self._listener(packet, world)
-        if listener is not None:
-            action = action_for(listener.route, packet.sender.ip, self.around)
-            if isinstance(action, Pass):
-                return UNTOUCHED  # a routing rule leads it past
-        socket = self.socket(packet)
+        socket = self.socket(packet)  # none for what a routing rule leads past
         if socket in (SILENT_TCP, SILENT_UDP):
             return DROPPED
         if socket is None:
             return UNTOUCHED
         if socket == "refused":
             return REFUSED
+        action = action_for(self._listener(packet, world).route, packet.sender.ip, self.around)
         return Delivered(frozenset(backend.address for backend in action.pool.backends))
 
     def socket(self, packet):
