@@ -144,6 +144,23 @@ class App:
         finally:
             await self._feed.aclose()
 
+    async def settled(self) -> None:
+        """Wait until every family is written once."""
+        for lane in self._lanes:
+            await lane.first_sync.wait()
+
+    def carriers(self) -> tuple[tuple[Lane, Proxier], ...]:
+        """Return who writes what, as far as that is known yet."""
+        return tuple(zip(self._lanes, self._proxiers, strict=False))
+
+    def troubles(self) -> tuple[str, ...]:
+        """Return why the last sync of a family failed, or that there was none."""
+        return tuple(lane.progress.error for lane in self._lanes if lane.progress.error is not None)
+
+    def stop(self) -> None:
+        """End as on a signal: what is in the kernel stays."""
+        self._stop.set()
+
     def _jobs(self, tasks: asyncio.TaskGroup) -> list[Coroutine[object, object, None]]:
         config, failed = self._settings.config, partial(self._server_failed, tasks)
         hard = config.bind_address_hard_fail
@@ -323,29 +340,9 @@ class App:
         gc.collect()
         gc.freeze()  # what the first lists left is there to stay: do not walk it again and again
         if self._settings.succeeds_others:
-            await self._clean_up_after_others()
-
-    async def _clean_up_after_others(self) -> None:
-        """Remove what kube-proxy or another mode left: now that ours works, nothing breaks.
-
-        A process of its own, so that this one never imports a mode that it does not run.
-        """
-        config = self._settings.config
-        words = [sys.executable, "-m", "pyproxy", "cleanup", f"--keep={config.mode}"]
-        if config.ipvs.exclude_cidrs:
-            words.append(f"--ipvs-exclude-cidrs={','.join(config.ipvs.exclude_cidrs)}")
-        try:
-            async with asyncio.timeout(CLEANUP_SECONDS):
-                process = await asyncio.create_subprocess_exec(
-                    *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-                )
-                output, _ = await process.communicate()
-        except (OSError, TimeoutError) as error:
-            log.warning("cannot clean up after others", extra={"error": str(error)})
-            return
-        if process.returncode:
-            lines = "; ".join(output.decode(errors="replace").splitlines()[-3:])
-            log.warning("cannot clean up after others", extra={"error": lines})
+            problem = await cleaned_up_after_others(self._settings.config)
+            if problem is not None:
+                log.warning("cannot clean up after others", extra={"error": problem})
 
     def _health_ports(self, tasks: asyncio.TaskGroup, ips: NodeIPs) -> HealthPorts:
         config, failed = self._settings.config, partial(self._health_port_failed, tasks)
@@ -388,6 +385,28 @@ class App:
             self._feed.record(reason, message, warning=warning, action=action, service=service),
             name=f"event {reason}",
         )
+
+
+async def cleaned_up_after_others(config: Config) -> str | None:
+    """Remove what kube-proxy or another mode left, once ours works; return what went wrong.
+
+    A process of its own, so that this one never imports a mode that it does not run.
+    """
+    words = [sys.executable, "-m", "pyproxy", "cleanup", f"--keep={config.mode}"]
+    if config.ipvs.exclude_cidrs:
+        words.append(f"--ipvs-exclude-cidrs={','.join(config.ipvs.exclude_cidrs)}")
+    try:
+        async with asyncio.timeout(CLEANUP_SECONDS):
+            process = await asyncio.create_subprocess_exec(
+                *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            )
+            output, _ = await process.communicate()
+    except TimeoutError:
+        return f"no end after {CLEANUP_SECONDS:.0f} s"
+    except OSError as error:
+        return str(error)
+    lines = output.decode(errors="replace").splitlines()[-3:]
+    return "; ".join(lines) if process.returncode else None
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:

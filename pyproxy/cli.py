@@ -6,8 +6,10 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
+from msgspec.structs import replace
 
 from pyproxy import __version__, commands, proxier
 from pyproxy.config import Config, gate, node_name, with_mode
@@ -17,7 +19,12 @@ from pyproxy.config.flags import Options, flag_values, help_text, parse
 from pyproxy.config.text import ConfigError, did_you_mean
 from pyproxy.settings import SettingsError, file_text, loaded
 
-COMMANDS = ("run", "demo", "render", "cleanup", "version", "help")
+COMMANDS = ("run", "demo", "render", "migrate", "cleanup", "version", "help")
+
+ANY_PORT = "127.0.0.1:0"
+
+if TYPE_CHECKING:  # it is imported where it is needed
+    from pyproxy import migration
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +55,8 @@ def carried_out(command: str, words: list[str]) -> int:
             return demo.main(words)
         case "render":
             return render(words)
+        case "migrate":
+            return migrate(words)
         case "version" | "help":
             return run(parse([f"--{command}"]))
         case _ if command in commands.names():
@@ -99,6 +108,25 @@ def render(words: Sequence[str]) -> int:
     return 0
 
 
+def migrate(words: Sequence[str]) -> int:
+    """Move this node's traffic to another mode, and end or stay as the words say."""
+    from pyproxy.log import setup
+    from pyproxy.migration import request
+
+    asked, shared = request(words)
+    options = parse(shared)
+    if not options.config:  # some flags mean another setting in each mode
+        options = parse([*shared, f"--proxy-mode={asked.to}"])
+    hostname = socket.gethostname()
+    text = file_text(options)
+    config, oddities = loaded(options, text, hostname)
+    setup(config.logging)
+    for oddity in oddities:
+        log.warning(oddity)
+    config, node = with_mode(config, asked.to), node_name(config, hostname)
+    return serve(options, config, node, text, asked)
+
+
 def write_config(config: Config, path: Path) -> int:
     try:
         path.write_text(yaml.safe_dump(dump(config), sort_keys=False))
@@ -107,14 +135,22 @@ def write_config(config: Config, path: Path) -> int:
     return 0
 
 
-def serve(options: Options, config: Config, node: str, text: str | None) -> int:
+def serve(
+    options: Options,
+    config: Config,
+    node: str,
+    text: str | None,
+    asked: "migration.Request | None" = None,
+) -> int:
     """Run until a signal or a reason to end; exit code 1 for the latter."""
     try:
         config = with_mode(config, resolved_mode(config.mode))
         config = proxier.load(config.mode).settled(config)
     except LookupError as error:
         return fail(str(error))
-    return in_loop(options.event_loop, lambda: serving(options, config, node, text))
+    if asked is None:
+        return in_loop(options.event_loop, lambda: serving(options, config, node, text))
+    return in_loop(options.event_loop, lambda: migrating(asked, options, config, node, text))
 
 
 def resolved_mode(name: str) -> str:
@@ -130,7 +166,49 @@ def resolved_mode(name: str) -> str:
     return name
 
 
-async def serving(options: Options, config: Config, node: str, text: str | None) -> int:
+async def migrating(
+    asked: "migration.Request", options: Options, config: Config, node: str, text: str | None
+) -> int:
+    """Look what there is, say what becomes of it, and make it so."""
+    from pyproxy.doctor.findings import worth_a_warning
+    from pyproxy.doctor.look import quickly
+    from pyproxy.migration import Migration, described, obstacle, situation
+    from pyproxy.process import families
+    from pyproxy.proxier._others import OthersError
+
+    try:
+        now = await situation(config, families())
+    except OthersError as error:
+        return fail(f"migrate: {error}")
+    show(f"from: {described(now)}\nto: {config.mode}")
+    findings = worth_a_warning(await asyncio.to_thread(quickly, config, config.mode, families()))
+    for finding in findings:
+        show(f"{finding.severity}: {finding.subject}: {finding.what} (fix: {finding.fix})")
+    if any(finding.severity == "error" for finding in findings):
+        return fail("migrate: this node is not ready; pyproxy doctor says more")
+    problem = obstacle(asked, now)
+    if problem is not None:
+        return fail(f"migrate: {problem}")
+    if asked.dry_run:
+        return 0
+    if not asked.then_run:
+        config = replace(config, healthz_bind_address="", metrics_bind_address=ANY_PORT)
+        options = replace(options, control_socket="", state_dir="")
+    move = Migration(asked, now, config, print)
+    try:
+        code = await serving(options, config, node, text, move)
+    finally:
+        moved = await move.undo()
+    return code if moved else 1
+
+
+async def serving(
+    options: Options,
+    config: Config,
+    node: str,
+    text: str | None,
+    move: "migration.Migration | None" = None,
+) -> int:
     from pyproxy.app import App, Fatal, Settings
     from pyproxy.feeds import FeedError, feed_from
     from pyproxy.metrics import Metrics
@@ -150,13 +228,15 @@ async def serving(options: Options, config: Config, node: str, text: str | None)
         flags=flag_values(options),
         init_only=options.init_only,
         control_socket=options.control_socket,
-        succeeds_others=True,
+        succeeds_others=move is None,
         waits_for_node=not options.manifests,
     )
     metrics = Metrics(config.mode, settings.families)
     metrics.features(enabled_features(config))
     try:
         feed = await feed_from(options, config, node, metrics)
+        if move is not None:
+            feed = move.feed(feed)
         for warning in warnings(config):
             log.warning(warning)
         calm_collector()
@@ -167,7 +247,10 @@ async def serving(options: Options, config: Config, node: str, text: str | None)
             known["capture"] = config.userspace.capture
         log.info("pyproxy", extra=known)
         watchdogs = [until_changed(Path(options.config), text)] if text is not None else []
-        await App(settings, feed, metrics, SystemClock()).run(*watchdogs)
+        app = App(settings, feed, metrics, SystemClock())
+        if move is not None:
+            watchdogs.append(move.run(app))
+        await app.run(*watchdogs)
     except (Fatal, FeedError) as error:
         return fail(str(error))
     return 0

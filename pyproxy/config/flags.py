@@ -37,6 +37,7 @@ _USAGE: Final = (
     ("pyproxy diff", "what differs, or would with other settings"),
     ("pyproxy audit", "compare with the kernel, and put it right"),
     ("pyproxy doctor", "what is wrong with this node, and what to do"),
+    ("pyproxy migrate --to MODE", "move to another mode, losing no connection"),
 )
 _HELP_COLUMN: Final = 30
 

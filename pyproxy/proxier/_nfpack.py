@@ -78,6 +78,11 @@ def new_table(table: Table) -> bytes:
     return _request(NEWTABLE, table, body + _comment(6, table.comment), NLM_F_CREATE)
 
 
+def set_dormant(table: Table, *, dormant: bool) -> bytes:
+    """Take a table that is there out of the way of packets, or put it back, with all it has."""
+    return _request(NEWTABLE, table, string(1, table.name) + attribute(2, u32(int(dormant))))
+
+
 def delete_table(table: Table) -> bytes:
     """Delete a table with all that is in it.
 

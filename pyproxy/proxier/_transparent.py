@@ -31,9 +31,10 @@ from pyproxy.proxier._nfpack import delete_table, new_chain, new_rule, new_table
 from pyproxy.proxier._sockets import OPTIONS
 from pyproxy.rules.listeners import Surroundings, origin_of
 from pyproxy.rules.nft import Chain, Hook, MatchTransparent, Rule, SetMark, Table
+from pyproxy.rules.tproxy import AFTER_DSTNAT
 
 TABLE_NAME = "pyproxy-userspace"
-CHAIN = Chain("prerouting", Hook("filter", "prerouting", -150))  # with the mangle chains
+CHAIN = Chain("prerouting", Hook("filter", "prerouting", AFTER_DSTNAT))
 MARK = 0x2000
 IP_BIND_ADDRESS_NO_PORT = 24
 ROUTES = 98 << 24 | 1  # a routing table of our own

@@ -1,7 +1,7 @@
 """The text that ``iptables-save`` prints and ``iptables-restore`` reads."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pyproxy.rules.iptables import EXTERNAL, FIREWALL, MARK_MASQ, NODE_PORTS, POSTROUTING, SERVICES
@@ -126,6 +126,25 @@ def cleared(there: Rules) -> list[str]:
         lines += [f"-D {chain} {rule}" for chain, rule in foreign_jumps(there, table, chains)]
         lines += [f"-X {chain}" for chain in chains]
         lines.append("COMMIT")
+    return lines
+
+
+def silenced(there: Rules) -> list[str]:
+    """Return the input that removes every jump to our chains, which stay: no packet meets them."""
+    return _jumping(there, "-D {} {}".format)
+
+
+def woken(there: Rules) -> list[str]:
+    """Return the input that puts back, at the front, what ``silenced`` removes."""
+    return _jumping({place: rules[::-1] for place, rules in there.items()}, "-I {} {}".format)
+
+
+def _jumping(there: Rules, line: Callable[[str, str], str]) -> list[str]:
+    lines: list[str] = []
+    for table in sorted({table for table, _chain in there}):
+        chains = [chain for t, chain in there if t == table and is_ours(chain)]
+        if jumps := [line(*jump) for jump in foreign_jumps(there, table, chains)]:
+            lines += [f"*{table}", *jumps, "COMMIT"]
     return lines
 
 

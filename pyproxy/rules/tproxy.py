@@ -26,13 +26,15 @@ from pyproxy.rules.nft import (
     packed_key,
 )
 
-BEFORE_DSTNAT: Final = -150
+# While a node moves between modes, rules of the other translate addresses. A packet that has both a
+# socket and another address would be dropped.
+AFTER_DSTNAT: Final = -99
 FRONTENDS, NODE_PORTS, NODE_PORT_IPS, SILENT = "frontends", "node-ports", "node-port-ips", "silent"
 TAKE: Final = Verdict("goto", "take")
 LEAVE: Final = Verdict("accept")
 FRONTEND: Final[tuple[Field, ...]] = ("daddr", "l4proto", "dport")
 NODE_PORT: Final[tuple[Field, ...]] = ("l4proto", "dport")
-PREROUTING: Final = Chain("prerouting", Hook("filter", "prerouting", BEFORE_DSTNAT))
+PREROUTING: Final = Chain("prerouting", Hook("filter", "prerouting", AFTER_DSTNAT))
 CHAINS: Final = (Chain("take"), Chain("silent"), PREROUTING)
 
 

@@ -1,0 +1,335 @@
+"""Connections, new and old, from everywhere, while a node moves from one mode to another.
+
+A program of its own: it moves into namespaces that it never leaves. It prints what it found out.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from pyproxy.demo.cluster import NODES, POD_PORT, PODS, SHELL, of_families, service_objects
+from pyproxy.demo.lab import Lab, isolate
+from pyproxy.demo.manifests import Manifests
+from pyproxy.demo.proxy import arguments, healthy, running
+from tests.netns import kube_rules
+
+NODE = NODES[0].name
+MOST_SECONDS = 90
+ROUNDS = 30  # of each client, between two steps
+PAUSE_SECONDS = 0.01
+CLIENTS = {
+    "pod to cluster IP": (SHELL.name, "10.96.0.12", 8080),
+    "node to cluster IP": (NODE, "10.96.0.12", 8080),
+    "outside to node port": ("client", NODES[0].machine.ips[0], 30080),
+    "outside to load balancer IP": ("client", "198.18.0.10", 80),
+}
+CLIENTS6 = {
+    "pod to cluster IP, IPv6": (SHELL.name, "fd00:10:96::12", 8080),
+    "node to cluster IP, IPv6": (NODE, "fd00:10:96::12", 8080),
+}
+BLOCK = (  # nobody but pods reaches the cluster IP that a probe from the node asks
+    "table inet block { chain c { type filter hook output priority -150;"
+    " ip daddr 10.96.0.12 drop; }; }"
+)
+
+
+# A connection made in a client's name leaves its port in use on the node for a minute: whoever then
+# comes to the same backend from that port, past the relay, gets no answer.
+ANONYMOUS = ("--userspace-keep-client-address=false",)
+# What a CNI plugin has on nearly every node: so that NAT and connection tracking are always on.
+CNI = """
+table ip cni { chain post { type nat hook postrouting priority 100; }; }
+table ip6 cni { chain post { type nat hook postrouting priority 100; }; }
+table inet cni { chain tracks { type filter hook forward priority 0; ct state invalid counter; }; }
+"""
+
+
+class Ended(NamedTuple):
+    code: int
+    output: str
+
+
+class Traffic:
+    """Clients that make a connection after another, and one each that stays for ever."""
+
+    def __init__(self, lab, clients):
+        self._lab = lab
+        self._clients = clients
+        self.made = dict.fromkeys(clients, 0)
+        self.kept = dict.fromkeys(clients, 0)
+        self.failures = []
+        self.lost = []
+        self._running = {}
+
+    @asynccontextmanager
+    async def flowing(self):
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            self.begin()
+            yield
+            self.stop()
+
+    def begin(self):
+        self._begin(self._new)
+        self._begin(self._long)
+
+    def _begin(self, talk):
+        started = [self._tasks.create_task(talk(name)) for name in self._clients]
+        self._running[talk.__name__] = started
+
+    def stop(self, *kinds):
+        for kind in kinds or list(self._running):
+            for task in self._running.pop(kind):
+                task.cancel()
+
+    def renew_long(self):
+        """End the long connections as their clients would, and make new ones."""
+        self.stop("_long")
+        self._begin(self._long)
+
+    async def more(self):
+        """Wait until everybody has got through some more, or has failed."""
+        aims = {name: count + ROUNDS for name, count in self.made.items()}
+        kept = {name: count + ROUNDS for name, count in self.kept.items()}
+        async with asyncio.timeout(MOST_SECONDS):
+            while not self.failures and not self.lost:
+                made = all(self.made[name] >= aims[name] for name in aims)
+                if made and all(self.kept[name] >= kept[name] for name in kept):
+                    return
+                await asyncio.sleep(0.05)
+
+    async def _new(self, name):
+        namespace, ip, port = self._clients[name]
+        while True:
+            try:
+                async with asyncio.timeout(3):
+                    opened = await self._connected(namespace, ip, port)
+                    await said(opened)
+                    opened.close()
+            except OSError as error:  # which a TimeoutError is
+                self.failures.append(f"{name}: {error!r}")
+            self.made[name] += 1
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _long(self, name):
+        opened = None
+        try:
+            opened = await self._connected(*self._clients[name])
+            while True:
+                async with asyncio.timeout(10):
+                    await said(opened)
+                self.kept[name] += 1
+                await asyncio.sleep(PAUSE_SECONDS)
+        except OSError as error:
+            self.lost.append(f"{name}: {error!r}")
+        finally:
+            if opened is not None:
+                opened.close()
+
+    async def _connected(self, namespace, ip, port):
+        opened = self._lab.socket(namespace, ip)
+        await asyncio.get_running_loop().sock_connect(opened, (ip, port))
+        return opened
+
+
+async def said(opened):
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(opened, b"hello\n")
+    if not await loop.sock_recv(opened, 100):
+        raise ConnectionResetError("the other side has gone")
+
+
+async def echo(reader, writer):
+    try:
+        while line := await reader.readline():
+            writer.write(line)
+            await writer.drain()
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+
+
+class Scene:
+    """The lab, its pods, and the manifests of what is in it."""
+
+    def __init__(self, lab, folder):
+        self.lab = lab
+        self.folder = Path(folder)
+        manifests = self.folder / "manifests"
+        manifests.mkdir()
+        Manifests(manifests, service_objects(ipv6=lab.ipv6), PODS)
+        self.manifests = manifests
+
+    async def pods(self):
+        return [
+            await asyncio.start_server(echo, sock=self._listening(pod, ip))
+            for pod in PODS
+            for ip in of_families(pod.ips, ipv6=self.lab.ipv6)
+        ]
+
+    def _listening(self, pod, ip):
+        opened = self.lab.socket(pod.name, ip)
+        opened.bind((ip, POD_PORT))
+        opened.listen(128)
+        return opened
+
+    @asynccontextmanager
+    async def proxy(self, mode, command=("run",)):
+        """Have a proxy serve for the length of a block; its rules stay."""
+        words = (*arguments(self.manifests, mode, ipv6=self.lab.ipv6), *ANONYMOUS)
+        program = (sys.executable, "-m", "pyproxy", *command, "--control-socket", "")
+        log = self.folder / f"{command[0]}-{mode}.log"
+        if command[0] == "migrate":
+            words = tuple(w for w in words if w not in ("--proxy-mode", mode))
+        async with running(self.lab, words, log, program) as process:
+            await healthy(self.lab, process, log)
+            last = "after the removal" if command[0] == "migrate" else '"serving"'
+            async with asyncio.timeout(MOST_SECONDS):
+                while last not in log.read_text():  # noqa: ASYNC110 - another process writes it
+                    await asyncio.sleep(0.1)
+            yield log
+
+    async def migrate(self, *own):
+        shared = arguments(self.manifests, "-", ipv6=self.lab.ipv6)
+        words = [word for word in shared if word not in ("--proxy-mode", "-")]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "pyproxy", "migrate", *own, *words,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            preexec_fn=lambda: self.lab.enter(NODE),
+        )  # fmt: skip
+        async with asyncio.timeout(MOST_SECONDS):
+            output, _ = await process.communicate()
+        return Ended(process.returncode, output.decode())
+
+    def rules(self):
+        """Return what there is of each mode's rules on the node, by its names."""
+        nft = self.on_node("nft", "list", "tables").split("\n")
+        tables = [name for name in nft if name.endswith((" pyproxy", " kube-proxy"))]
+        chains = "KUBE-SERVICES" in self.on_node("iptables-save", "-t", "nat")
+        return sorted({*tables, *(["iptables"] if chains else [])})
+
+    def on_node(self, *words, text=None):
+        with subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: self.lab.enter(NODE),
+        ) as process:
+            output, _ = process.communicate(text)
+        assert process.returncode == 0, output
+        return output
+
+
+async def found_out(lab, story, old, new, folder):
+    """Move from an old mode to a new one, and return what became of connections."""
+    scene = Scene(lab, folder)
+    servers = await scene.pods()
+    clients = CLIENTS | (CLIENTS6 if lab.ipv6 and not old.startswith("kube") else {})
+    if story == "blocked":
+        clients = {name: client for name, client in clients.items() if client[0] != NODE}
+    traffic = Traffic(lab, clients)
+    if "userspace" in (old, new):
+        scene.on_node("nft", "-f", "-", text=CNI)
+    try:
+        ended = await STORIES[story](scene, traffic, old, new)
+    finally:
+        for server in servers:
+            server.close()
+    return {
+        "code": ended.code,
+        "output": ended.output,
+        "rules": scene.rules(),
+        "made": traffic.made,
+        "failed": len(traffic.failures),
+        "failures": sorted(set(traffic.failures)),
+        "lost": traffic.lost,
+    }
+
+
+async def begin(scene, old):
+    """Put the old rules in place, with nobody to look after them."""
+    if old.startswith("kube-"):
+        command, text = kube_rules.BY_MODE[old]
+        scene.on_node(*command, text=text)
+    else:
+        async with scene.proxy(old):
+            pass
+
+
+async def moved(scene, traffic, old, new):
+    """From rules to rules, and then the proxy that stays takes over."""
+    await begin(scene, old)
+    async with traffic.flowing():
+        await traffic.more()
+        ended = await scene.migrate(f"--to={new}")
+        await traffic.more()
+        async with scene.proxy(new):
+            await traffic.more()
+    return ended
+
+
+async def entered(scene, traffic, old, new):
+    """From rules to a process that carries traffic itself."""
+    await begin(scene, old)
+    async with traffic.flowing():
+        await traffic.more()
+        async with scene.proxy(new, ("migrate", "--then-run", f"--to={new}")) as log:
+            await traffic.more()
+            traffic.stop()  # before the process goes that carries it
+    return Ended(0, log.read_text())
+
+
+async def left(scene, traffic, old, new):
+    """From a process that carries traffic itself, which stays until the rules are there.
+
+    What it carries lives as long as it does: the long connections are made anew after the move.
+    """
+    async with traffic.flowing():
+        traffic.stop()
+        async with scene.proxy(old):
+            traffic.begin()
+            await traffic.more()
+            ended = await scene.migrate(f"--to={new}")
+            traffic.renew_long()
+            await traffic.more()
+        await traffic.more()
+        async with scene.proxy(new):
+            await traffic.more()
+    return ended
+
+
+async def blocked(scene, traffic, old, new):
+    """A move that fails when the old rules are silent: nobody but its probe notices."""
+    await begin(scene, old)
+    before = scene.rules()
+    async with traffic.flowing():
+        await traffic.more()
+        scene.on_node("nft", "-f", "-", text=BLOCK)
+        ended = await scene.migrate(f"--to={new}")
+        assert scene.rules() == before, scene.rules()
+        await traffic.more()
+    return ended
+
+
+STORIES = {"moved": moved, "entered": entered, "left": left, "blocked": blocked}
+
+
+def main(story, old, new):
+    isolate()
+    lab = Lab()
+    with TemporaryDirectory(prefix="pyproxy-move-") as folder:
+        print(json.dumps(asyncio.run(found_out(lab, story, old, new, folder))))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
