@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from pyproxy.balancer import BY_CLIENT, BY_CONNECTIONS, turn_of
 from pyproxy.model import Action, Address, Forward, Frontend, Pool, Proto, Reject, family_of
@@ -101,6 +101,11 @@ def changes(old: Content | None, new: Content | None) -> Iterator[Write]:
     Whoever connects meanwhile is given a backend of before or one of after: slots are filled
     before they are counted, and emptied when they are counted no more.
     """
+    if old is not None and new is not None and shares_list(old) != shares_list(new):
+        # Slots that both origins use would be one origin's before the other knows: meanwhile the
+        # listeners serve.
+        yield Write("frontends", old.key, None)
+        old = structs.replace(old, value=b"")
     old_slots = old.slots if old is not None else {}
     old_members = old.members if old is not None else frozenset()
     if new is not None:
@@ -108,7 +113,7 @@ def changes(old: Content | None, new: Content | None) -> Iterator[Write]:
         for key, backend in new.slots.items():
             if old_slots.get(key) != backend:
                 yield Write("slots", key, backend)
-    if old is not None and (new is None or new.key != old.key):
+    if old is not None and old.value and (new is None or new.key != old.key):
         yield Write("frontends", old.key, None)
     if new is not None and (old is None or unturned(old.value) != unturned(new.value)):
         yield Write("frontends", new.key, new.value)
@@ -116,6 +121,12 @@ def changes(old: Content | None, new: Content | None) -> Iterator[Write]:
     new_members = new.members if new is not None else frozenset()
     yield from (Write("slots", key, None) for key in old_slots if key not in new_slots)
     yield from (Write("members", key, None) for key in old_members - new_members)
+
+
+def shares_list(held: Content) -> bool:
+    """Say whether pods and the node are given backends of one list."""
+    _pods, _node, for_pods, for_node, *_rest = FRONTEND.unpack(held.value)
+    return bool(for_pods == for_node)
 
 
 def unturned(value: bytes) -> bytes:
