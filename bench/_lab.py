@@ -109,11 +109,21 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxy(url: str, folder: Path, command: Sequence[str] = (), *, mode: str = "nftables"):
-    """Run a proxy until the end of the block; it is serving at its beginning."""
+async def proxy(
+    url: str,
+    folder: Path,
+    command: Sequence[str] = (),
+    *,
+    mode: str = "nftables",
+    settings: str = "",
+):
+    """Run a proxy until the end of the block; it is serving at its beginning.
+
+    ``settings`` are more lines of its configuration file.
+    """
     kubeconfig, config = folder / "kubeconfig", folder / "config.yaml"
     kubeconfig.write_text(KUBECONFIG.format(url=url))
-    config.write_text(CONFIG.format(mode=mode, node=NODE, kubeconfig=kubeconfig))
+    config.write_text(CONFIG.format(mode=mode, node=NODE, kubeconfig=kubeconfig) + settings)
     started_at = perf_counter()
     words = [*(command or (sys.executable, "-m", "pyproxy")), f"--config={config}"]
     process = await asyncio.create_subprocess_exec(

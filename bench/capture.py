@@ -34,6 +34,7 @@ from pyproxy.model import (
 )
 from pyproxy.process import SystemClock
 from pyproxy.rules.listeners import Listener
+from tests.netns.node import Jobs
 
 WAYS = ("sk_lookup", "tproxy", "listeners")
 SERVICES = 10_000
@@ -67,7 +68,9 @@ def memory_mib() -> float:
 async def trial(way: str, count: int) -> dict[str, float]:
     """Return the figures of one way, in this process."""
     config = with_setting(Config(mode="userspace"), "userspace.capture", way)
-    async with asyncio.TaskGroup() as tasks:
+    config = with_setting(config, "userspace.drain_timeout_seconds", 0.0)
+    async with asyncio.TaskGroup() as group:
+        tasks = Jobs(group)
         targets, files = [], open_files()
         for family in (4, 6):
             env = proxier.Env(
@@ -94,6 +97,7 @@ async def trial(way: str, count: int) -> dict[str, float]:
         for target, _wanted in targets:
             await target.aclose()
             await target.clear()
+        await tasks.end()
     return figures
 
 

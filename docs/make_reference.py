@@ -46,7 +46,13 @@ kube-proxy's; they keep its labels and meaning. A row that names modes exists in
 This page is made from the code: `python -m docs.make_reference`.
 """
 FLAG_HEAD = "| flag | field of the file | meaning |\n|---|---|---|\n"
-OWN = ("cloudAnnotations", "ipvs.bindAddresses", "ipvs.drainTimeout", "userspace.")
+OWN = (
+    "cloudAnnotations",
+    "serviceMetrics",
+    "ipvs.bindAddresses",
+    "ipvs.drainTimeout",
+    "userspace.",
+)
 
 
 def configuration() -> str:

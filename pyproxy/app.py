@@ -166,6 +166,7 @@ class App:
         server = metrics_server(
             config.metrics_bind_address, self._metrics, about, self._clock.unix,
             hard_fail=hard, on_failure=partial(failed, "FailedToStartMetricServer"),
+            before=self._daemon.count,
         )  # fmt: skip
         jobs.append(server.run())
         if self._settings.control_socket:

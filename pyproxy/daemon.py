@@ -1,12 +1,15 @@
 """What the running process tells commands: its parts as one view, and what only it can find out."""
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final
 
 from pyproxy.config import Config, gate
 from pyproxy.control import LiveQuestion
+from pyproxy.counting import Counting
+from pyproxy.doctor.look import open_files
 from pyproxy.doctor.setup import Setup
 from pyproxy.ip import is_loopback
 from pyproxy.lane import Lane
@@ -18,11 +21,15 @@ from pyproxy.proxier import Env
 from pyproxy.proxier._around import node_port_ips, surroundings
 from pyproxy.reconcile import ApplyError, Proxier, Verified
 from pyproxy.rules.listeners import Surroundings
+from pyproxy.service_metrics import MOST_ROWS, ServiceMetrics
 from pyproxy.topology import Place
+from pyproxy.traffic import TrafficCounts, asked_rows, wants_endpoints
 from pyproxy.view import FamilyView, Query, QueryError, View, asked_service
 
 ATTEMPTS: Final = 20  # to look between two syncs
 PAUSE_SECONDS: Final = 0.05
+
+log = logging.getLogger(__name__)
 
 
 class Daemon:
@@ -33,11 +40,15 @@ class Daemon:
         self._config = config
         self._lanes = lanes
         self._carriers: dict[Family, tuple[Env, Proxier]] = {}
+        self._counted: dict[Family, Proxier] = {}
+        self._counting = Counting(self._counted)
+        self._service_metrics: ServiceMetrics | None = None
         self._metrics: Metrics | None = None
 
     def carries(self, env: Env, carrier: Proxier) -> None:
         """Take in who writes a family's plan, once it is known."""
         self._carriers[env.family] = (env, carrier)
+        self._counted[env.family] = carrier
 
     def publish(self, metrics: Metrics) -> None:
         """Have metrics tell how far each kind of object is written, and what audits found."""
@@ -46,6 +57,15 @@ class Daemon:
         for lane in self._lanes:
             for kind in kinds:
                 metrics.applied(kind, lane.family, partial(lane.written, kind))
+        if self._config.service_metrics != "off":
+            self._service_metrics = ServiceMetrics(on_full=tell_of_many)
+            metrics.register(self._service_metrics)
+
+    async def count(self) -> None:
+        """Bring the metrics of Services up to date, before they are read."""
+        if self._service_metrics is not None:
+            by_endpoint = self._config.service_metrics == "endpoint"
+            await self._counting.publish(self._service_metrics, by_endpoint=by_endpoint)
 
     def view(self) -> View:
         return View(
@@ -59,7 +79,20 @@ class Daemon:
 
     def live(self) -> Mapping[str, LiveQuestion]:
         """Return what is asked about more than the state, by its path."""
-        return {"verify": self._verify, "audit": self._audit, "setup": self._setup}
+        return {
+            "verify": self._verify,
+            "audit": self._audit,
+            "setup": self._setup,
+            "traffic": self._traffic,
+        }
+
+    async def _traffic(self, query: Query) -> TrafficCounts:
+        """Read what went to each Service port, or to each endpoint."""
+        found = await self._counting.traffic(by_endpoint=wants_endpoints(query))
+        now = asyncio.get_running_loop().time()
+        return TrafficCounts(
+            self._config.mode, now, asked_rows(found, query), self._counting.problems
+        )
 
     async def _setup(self, _query: Query) -> Setup:
         envs = [env for env, _carrier in self._carriers.values()]
@@ -68,8 +101,10 @@ class Daemon:
             node=self._node,
             mode=self._config.mode,
             kubeconfig=self._config.client_connection.kubeconfig,
+            needs_pod_cidrs=self._config.detect_local_mode == "NodeCIDR",
             pod_cidrs=node.pod_cidrs if node is not None else (),
             service_cidrs=envs[0].service_cidrs() if envs else (),
+            open_files=open_files(),
         )
 
     async def _verify(self, query: Query) -> Verification:
@@ -123,6 +158,13 @@ class Daemon:
             node_port_ips=answering_ips(env) if env is not None else frozenset(),
             progress=lane.progress,
         )
+
+
+def tell_of_many(count: int) -> None:
+    log.warning(
+        "metrics have the busiest Services or endpoints only, and the others as one",
+        extra={"count": count, "shown": MOST_ROWS},
+    )
 
 
 def compared(lane: Lane, found: Verified) -> VerifiedFamily:

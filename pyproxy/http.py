@@ -269,12 +269,16 @@ def metrics_server(
     *,
     hard_fail: bool = False,
     on_failure: Callable[[str], None] = lambda error: None,
+    before: Callable[[], Awaitable[None]] | None = None,
 ) -> HttpServer:
-    """Return the server of ``/metrics`` and of what helps a person to find out what is wrong."""
+    """Return the server of ``/metrics`` and of what helps a person to find out what is wrong.
+
+    ``before`` is awaited before each scrape: it reads what is counted elsewhere.
+    """
     configz = msgspec.json.encode({"kubeproxy.config.k8s.io": about.config})
     flagz = "".join(f"--{name}={value}\n" for name, value in sorted(about.flags.items()))
     pages: dict[str, Page] = {
-        "/metrics": partial(_exposed, metrics.exposition),
+        "/metrics": partial(_scraped, metrics, before),
         "/metrics/slis": partial(_slis, metrics),
         "/proxyMode": lambda _: text(about.mode),
         "/configz": lambda _: sent(Answer(200, JSON_HEADERS, configz)),
@@ -338,6 +342,14 @@ def _exposed(
 ) -> web.Response:
     content_type, body = exposition(request.headers.get("Accept", ""))
     return sent(Answer(200, {"Content-Type": content_type}, body))
+
+
+async def _scraped(
+    metrics: Metrics, before: Callable[[], Awaitable[None]] | None, request: web.BaseRequest
+) -> web.Response:
+    if before is not None:
+        await before()
+    return _exposed(metrics.exposition, request)
 
 
 def _slis(metrics: Metrics, request: web.BaseRequest) -> web.Response:

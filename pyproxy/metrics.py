@@ -249,6 +249,10 @@ class Metrics:
             self._read_elsewhere.add(name)
             self._registry.register(_Reading(row, read))
 
+    def register(self, collector: Collector) -> None:
+        """Export what somebody else collects."""
+        self._registry.register(collector)
+
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc(by)

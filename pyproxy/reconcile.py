@@ -1,11 +1,12 @@
 """Keep one target equal to the plan: the loop that every mode shares."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
 from pyproxy.cache import Owners
+from pyproxy.counters import Entry, Reading
 from pyproxy.delta import Delta, diff, merge
 from pyproxy.model import Family, PortPlan, ServicePortName
 from pyproxy.plan import Plan
@@ -62,6 +63,13 @@ class Target(Protocol[K, V]):
         """
         ...
 
+    async def counters(self, *, by_endpoint: bool) -> Sequence[Entry[K]]:
+        """Return what its entries have counted; without ``by_endpoint``, as a whole only.
+
+        Raises ``ApplyError`` where that cannot be known.
+        """
+        ...
+
     async def clear(self) -> None:
         """Remove every trace, also an earlier process's."""
         ...
@@ -84,6 +92,7 @@ class Proxier(Protocol):
     async def sync(self, plan: Plan, changed: Owners) -> SyncReport: ...
     def distrust(self) -> None: ...
     async def verify(self, owners: Owners) -> Verified | None: ...
+    async def counters(self, *, by_endpoint: bool) -> Reading | None: ...
     async def clear(self) -> None: ...
     async def aclose(self) -> None: ...
 
@@ -99,6 +108,9 @@ class Outer:
 
     async def verify(self, owners: Owners) -> Verified | None:
         return await self._inner.verify(owners)
+
+    async def counters(self, *, by_endpoint: bool) -> Reading | None:
+        return await self._inner.counters(by_endpoint=by_endpoint)
 
     async def clear(self) -> None:
         await self._inner.clear()
@@ -133,6 +145,7 @@ class Reconciler(Generic[K, V]):
         self._refused: dict[ServicePortName, dict[K, str]] = {}
         self._served = 0
         self._syncs = 0  # begun
+        self._ended: list[Entry[K]] = []  # whose last counts nobody has taken in yet
 
     async def sync(self, plan: Plan, changed: Owners) -> SyncReport:
         """Make the target equal to the plan, of which ``changed`` is all that may differ."""
@@ -199,6 +212,22 @@ class Reconciler(Generic[K, V]):
         if self._syncs != syncs or self._written is None:
             return None
         return Verified(len(wanted), found)
+
+    async def counters(self, *, by_endpoint: bool) -> Reading | None:
+        """Return what has been counted for owners.
+
+        None if a sync runs, came in between, or failed: whose an entry is, is not known then.
+        Raises ``ApplyError`` where the target cannot be asked.
+        """
+        if self._written is None:
+            return None
+        syncs = self._syncs
+        entries = await self._target.counters(by_endpoint=by_endpoint)
+        if self._syncs != syncs or self._written is None:
+            self._ended += [entry for entry in entries if entry.ended]
+            return None
+        entries, self._ended = [*self._ended, *entries], []
+        return Reading(entries, tuple(self._written.items()))
 
     async def clear(self) -> None:
         self._written = None

@@ -66,8 +66,10 @@ def facts_of(
         is_running=setup is not None,
         served=served,
         unseen=unseen,
+        needs_pod_cidrs=setup.needs_pod_cidrs if setup else config.detect_local_mode == "NodeCIDR",
         pod_cidrs=(setup.pod_cidrs if setup is not None else ()) or cluster_cidrs(config),
         service_cidrs=setup.service_cidrs if setup is not None else (),
+        open_files=setup.open_files if setup is not None else None,
     )
     kubeconfig = config.client_connection.kubeconfig or (setup.kubeconfig if setup else "")
     facts = with_server(facts, kubeconfig, options.master)

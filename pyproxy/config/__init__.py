@@ -122,6 +122,7 @@ class NFTables(Struct, frozen=True, rename=file_name):
 Capture = Literal["auto", "sk_lookup", "tproxy", "listeners"]
 CAPTURES: Final[tuple[Capture, ...]] = ("auto", "sk_lookup", "tproxy", "listeners")
 SOCKET_LB: Final = ("auto", "off")
+SERVICE_METRICS: Final = ("off", "service", "endpoint")
 
 
 class Userspace(Struct, frozen=True, rename=file_name):
@@ -191,6 +192,7 @@ class Config(Struct, frozen=True, rename=file_name):
     conntrack: Conntrack = Conntrack()
     config_sync_period_seconds: Seconds = 900.0
     port_range: str = ""
+    service_metrics: str = "off"  # pyproxy's own: what is counted apart
     cloud_annotations: str = ""  # pyproxy's own: the cloud whose annotations count
     windows_run_as_service: bool = False
 
@@ -212,6 +214,7 @@ _ZERO_MEANS_DEFAULT: Final = (
     "userspace.capture",
     "userspace.socket_lb",
     "detect_local_mode",
+    "service_metrics",
     "config_sync_period_seconds",
 )
 

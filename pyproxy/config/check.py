@@ -14,6 +14,7 @@ from pyproxy.config import (
     IPVS,
     MODES,
     PRIMARY,
+    SERVICE_METRICS,
     SOCKET_LB,
     Config,
     LogOptions,
@@ -81,7 +82,7 @@ def validate(config: Config) -> tuple[str, ...]:
         *_period_problems(config),
         *_ipvs_problems(config),
         *_detect_local_problems(config),
-        *_cloud_problems(config),
+        *_own_problems(config),
         *_node_port_problems(config.node_port_addresses),
     )
 
@@ -177,7 +178,9 @@ def _ipvs_problems(config: Config) -> Iterator[str]:
         yield from _cidr_problems("ipvs.excludeCIDRs", config.ipvs.exclude_cidrs)
 
 
-def _cloud_problems(config: Config) -> Iterator[str]:
+def _own_problems(config: Config) -> Iterator[str]:
+    if config.service_metrics not in SERVICE_METRICS:
+        yield f"serviceMetrics: {_not_one_of(config.service_metrics, SERVICE_METRICS)}"
     if config.cloud_annotations not in CLOUDS:
         yield f"cloudAnnotations: {_not_one_of(config.cloud_annotations, CLOUDS[1:])}"
 

@@ -32,6 +32,7 @@ _USAGE: Final = (
     ("pyproxy render -f FILE", "print the rules for manifests, changing nothing"),
     ("pyproxy get WHAT", "what is programmed, at which version"),
     ("pyproxy explain SERVICE", "what becomes of connections to it, and why"),
+    ("pyproxy top", "how much goes to which Service"),
     ("pyproxy wait SERVICE", "return once it is programmed"),
     ("pyproxy diff", "what differs, or would with other settings"),
     ("pyproxy audit", "compare with the kernel, and put it right"),

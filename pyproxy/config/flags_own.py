@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from pyproxy.config import CAPTURES, SOCKET_LB
+from pyproxy.config import CAPTURES, SERVICE_METRICS, SOCKET_LB
 from pyproxy.config.flags_kinds import BOOL, CIDRS, DURATION, LOOP, STRING, Flag, Group
 
 OWN: Final = Group(
@@ -38,6 +38,14 @@ OWN: Final = Group(
             "cloud_annotations",
             "The cloud whose annotations of Services count: huawei.",
             placeholder="CLOUD",
+        ),
+        Flag(
+            "service-metrics",
+            STRING,
+            "service_metrics",
+            "What to count connections of apart, for metrics and pyproxy top: one of "
+            f"{', '.join(SERVICE_METRICS)}.",
+            placeholder="WHAT",
         ),
         Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
     ),

@@ -4,12 +4,14 @@ A chain is walked from its hook on, and each rule has the limits of all jumps th
 is not understood makes a rule partial: it is for some packets only, nobody knows which.
 """
 
+import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address, ip_network, summarize_address_range
 from typing import Any, Final, NamedTuple
 
 from pyproxy.doctor.facts import Barrier, Kind, Limits
+from pyproxy.ip import parse_network
 from pyproxy.model import Family, Network
 from pyproxy.rules.iptables_text import is_ours, parsed
 
@@ -82,6 +84,7 @@ HOOKS: Final = {"PREROUTING": "prerouting", "INPUT": "input", "OUTPUT": "output"
 TARGETS: Final[Mapping[str, Kind]] = {
     "DNAT": "nat", "REDIRECT": "nat", "DROP": "drop", "REJECT": "drop",
 }  # fmt: skip
+PORTS: Final = re.compile(r"(\d+(:\d*)?|:\d+)(,(\d+(:\d*)?|:\d+))*", re.ASCII)
 HARMLESS_MATCHES: Final = {"tcp", "udp", "sctp", "comment", "multiport", "addrtype"}
 BUILTIN: Final = {"ACCEPT", "RETURN", "MARK", "LOG", "CONNMARK", "NOTRACK", "CT", "TPROXY"}
 
@@ -109,7 +112,7 @@ def nobody(_chain: str) -> bool:
 def step_of(chain: str, rule: str) -> Step:
     """Understand a rule as ``iptables-save`` prints it."""
     limits, target, negated = Limits(), "", False
-    words = iter(shlex.split(rule))
+    words = iter(words_of(rule))
     for word in words:
         match word:
             case "!":
@@ -134,13 +137,20 @@ def step_of(chain: str, rule: str) -> Step:
     return Step(limits, kind, jump, f"-A {chain} {rule}")
 
 
+def words_of(rule: str) -> list[str]:
+    try:
+        return shlex.split(rule)
+    except ValueError:  # a quote without its fellow
+        return rule.split()
+
+
 def limited(limits: Limits, word: str, value: str) -> Limits:
     match word, value:
-        case "-d", _:
-            return limits._replace(destinations=(ip_network(value, strict=False),))
+        case "-d", _ if (network := parse_network(value)) is not None:
+            return limits._replace(destinations=(network,))
         case "-p", _ if value in PROTOCOLS:
             return limits._replace(protocols=(PROTOCOLS[value],))
-        case (("--dport" | "--dports"), _) if value.replace(",", "").replace(":", "").isdecimal():
+        case (("--dport" | "--dports"), _) if PORTS.fullmatch(value):
             return limits._replace(ports=tuple(span(part) for part in value.split(",")))
         case "--dst-type", "LOCAL":
             return limits._replace(is_local=True)
@@ -149,8 +159,9 @@ def limited(limits: Limits, word: str, value: str) -> Limits:
 
 
 def span(text: str) -> tuple[int, int]:
-    first, _, last = text.partition(":")
-    return int(first or 0), int(last or first or 65535) if ":" not in text or last else 65535
+    """Read ``80``, ``80:90``, ``:90`` and ``80:``."""
+    first, colon, last = text.partition(":")
+    return int(first or 0), int(last or (65535 if colon else first))
 
 
 # --- nft --json -----------------------------------------------------------------------------------
@@ -207,7 +218,7 @@ def nft_limited(limits: Limits, match: Mapping[str, Any]) -> Limits:
     if match.get("op", "==") not in ("==", "in"):
         return partial
     field = name_of(left)
-    values = right["set"] if isinstance(right, dict) and "set" in right else [right]
+    values = values_of(right)
     try:
         match field.split():
             case ["ip" | "ip6", "daddr"]:
@@ -245,6 +256,14 @@ def name_of(left: object) -> str:
             return "?"
 
 
+def values_of(right: object) -> Sequence[object]:
+    match right:
+        case {"set": [*values]}:
+            return values
+        case _:
+            return [right]
+
+
 def nets_of(value: object) -> Collection[Network]:
     match value:
         case str():
@@ -268,9 +287,7 @@ def ports_of(value: object) -> tuple[int, int]:
 
 
 def shown(match: Mapping[str, Any]) -> str:
-    right = match["right"]
-    values = right["set"] if isinstance(right, dict) and "set" in right else [right]
-    return f"{name_of(match['left'])} {', '.join(map(one, values))}"
+    return f"{name_of(match['left'])} {', '.join(map(one, values_of(match['right'])))}"
 
 
 def one(value: object) -> str:

@@ -39,7 +39,8 @@ class Report(Answer, frozen=True):
 def findings(facts: Facts) -> tuple[Finding, ...]:
     """Return everything that is wrong, the worst first."""
     found = [finding for check in CHECKS for finding in check(facts)]
-    return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+    once = dict.fromkeys(found)  # a rule may be met on several ways
+    return tuple(sorted(once, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
 def worth_a_warning(facts: Facts) -> tuple[Finding, ...]:
@@ -260,10 +261,11 @@ def conntrack(facts: Facts) -> Iterator[Finding]:
 
 
 def files(facts: Facts) -> Iterator[Finding]:
-    if facts.mode == "userspace" and facts.open_files and facts.open_files[1] < ENOUGH_FILES:
+    if facts.mode == "userspace" and facts.open_files and facts.open_files < ENOUGH_FILES:
         yield Finding(
-            "warning", "open files", f"at most {facts.open_files[1]}, two for each connection",
-            "the hard limit of RLIMIT_NOFILE", "LimitNOFILE= of the unit or of the runtime",
+            "warning", "open files", f"at most {facts.open_files}, two for each connection",
+            "RLIMIT_NOFILE, which the process could not raise",
+            "raise LimitNOFILE= of the unit, or of the container runtime",
         )  # fmt: skip
 
 
@@ -301,6 +303,12 @@ def api(facts: Facts) -> Iterator[Finding]:
             "error", "API server", "it does not let this node in",
             f"{server.url} said {server.status}",
             "renew the credentials, or bind them to ClusterRole system:node-proxier",
+        )  # fmt: skip
+    elif facts.needs_pod_cidrs and not server.pod_cidrs:
+        yield Finding(
+            "error", "Node", "it has no podCIDRs: nothing is written before it has",
+            f"Node {facts.node}: spec.podCIDRs is empty, and detectLocalMode is NodeCIDR",
+            "have the controller manager allocate them, or set another detectLocalMode",
         )  # fmt: skip
     if left is not None and left < CERTIFICATE_SECONDS:
         yield Finding(

@@ -59,7 +59,6 @@ def quickly(config: Config, mode: str, families: Sequence[Family]) -> Facts:
         links=links,
         uplinks=default_ways(files.text("proc/net/route") or ""),
         tracked=tracked(files),
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE),
         schedulers=(config.ipvs.scheduler or "rr",),
     )
 
@@ -71,7 +70,12 @@ async def at_start(
     try:
         facts = await asyncio.to_thread(quickly, config, config.mode, families)
         return worth_a_warning(
-            replace(facts, pod_cidrs=tuple(pod_cidrs), service_cidrs=tuple(cidrs))
+            replace(
+                facts,
+                pod_cidrs=tuple(pod_cidrs),
+                service_cidrs=tuple(cidrs),
+                open_files=open_files(),
+            )
         )
     except Exception as error:  # a look must not keep the proxy from its work
         return (
@@ -82,6 +86,11 @@ async def at_start(
                 f"{type(error).__name__}: {error}",
             ),
         )
+
+
+def open_files() -> int:
+    """Return how many files this process may open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class CannotLookError(Exception):

@@ -9,5 +9,7 @@ class Setup(Answer, frozen=True):
     node: str
     mode: str
     kubeconfig: str
+    needs_pod_cidrs: bool
     pod_cidrs: tuple[str, ...]
     service_cidrs: tuple[str, ...]
+    open_files: int

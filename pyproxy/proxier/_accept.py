@@ -8,6 +8,7 @@ from typing import Protocol
 from pyproxy.balancer import Picker
 from pyproxy.model import Action, Reject
 from pyproxy.proxier._dial import PAUSE_SECONDS, Dial, Front
+from pyproxy.proxier._meter import Meter
 from pyproxy.proxier._poller import IN
 from pyproxy.proxier._sockets import reset
 from pyproxy.proxier._tcp import TcpRelay
@@ -97,6 +98,7 @@ class TcpFront:
         self.sockets = list(sockets)
         self.listener = listener
         self.picker = picker
+        self.meter = Meter()
         self._relay = relay
         for sock in self.sockets:
             listen(relay, sock, self)

@@ -35,6 +35,10 @@ class Batch:
             raise failure()
         return count
 
+    def bytes_of(self, count: int) -> int:
+        """Return the length of all datagrams that were received."""
+        return sum(self._lengths[LENGTH_AT : HEADER_WORDS * count : HEADER_WORDS])
+
     def send(self, fd: int, count: int) -> None:
         """Send on what was received. Raises ``OSError``; then some are lost."""
         lengths = self._lengths[LENGTH_AT : HEADER_WORDS * count : HEADER_WORDS]

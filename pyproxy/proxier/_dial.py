@@ -8,6 +8,7 @@ from typing import Protocol
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Action, Address, Forward
+from pyproxy.proxier._meter import Meter
 from pyproxy.proxier._poller import ERROR, HUP
 from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES
 from pyproxy.proxier._tcp import TcpConnection, TcpRelay
@@ -23,6 +24,7 @@ class Front(Protocol):
     """What the plan says by now of the frontend that a client came to."""
 
     picker: Picker
+    meter: Meter
 
     def action(self, ip: str, around: Surroundings) -> Action: ...
 
@@ -137,7 +139,9 @@ class Dial:
     def _join(self, backend: SocketType, events: int = 0) -> None:
         relay, poller = self._relay, self._relay.poller
         relay.dialled(self)
-        connection = TcpConnection(relay, self.client, backend, self._picker, self._address)
+        connection = TcpConnection(
+            relay, self.client, backend, self._picker, self._address, self._front.meter
+        )
         near, far = connection.near, connection.far
         if events:
             far.watches_writing = True

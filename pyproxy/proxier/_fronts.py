@@ -11,11 +11,13 @@ from socket import SocketType
 from msgspec import Struct
 
 from pyproxy.balancer import Picker
-from pyproxy.model import Family, Frontend, Proto, ServicePortName
+from pyproxy.counters import Entry
+from pyproxy.model import Address, Family, Frontend, Proto, ServicePortName
 from pyproxy.proxier._accept import TcpFront, listen, unlisten
 from pyproxy.proxier._capture import Capture
 from pyproxy.proxier._datagrams import Datagrams
 from pyproxy.proxier._handover import Bound, Entrances
+from pyproxy.proxier._meter import Carried, Meter
 from pyproxy.proxier._sockets import (
     attach_guard,
     check_free,
@@ -98,6 +100,21 @@ class Fronts:
             sockets = self.sockets if held.taken and frontend.proto == "TCP" else held.front.sockets
             if not all(map(is_open, sockets)):
                 yield Difference(f"socket of {frontend}", does, None)
+
+    def entries(self) -> Iterator[Entry[Frontend]]:
+        """Yield what each frontend has carried so far."""
+        living: dict[Meter, list[tuple[Address, Carried]]] = {}
+        for meter, address, carried in self._tcp.carried():
+            living.setdefault(meter, []).append((address, carried))
+        for frontend, held in self._held.items():
+            front = held.front
+            if front is None:
+                continue
+            if isinstance(front, UdpFront):
+                flows = [(flow.backend, flow.carried) for flow in front.flows.values()]
+                yield from front.meter.entries(frontend, flows)
+            else:
+                yield from front.meter.entries(frontend, living.get(front.meter, ()))
 
     def put(self, frontend: Frontend, listener: Listener, picker: Picker) -> str | None:
         """Make a frontend so; return why it cannot be, and then there is none.

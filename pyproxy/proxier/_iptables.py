@@ -74,9 +74,9 @@ class Iptables:
         """Let go of what stays between changes."""
         await self._restorer.aclose()
 
-    async def save(self) -> str:
+    async def save(self, *, with_counters: bool = False) -> str:
         """Return all that is there. Raises ``IptablesError``."""
-        answer = await run([self.programs.save])
+        answer = await run([self.programs.save, *(["--counters"] if with_counters else ())])
         if answer.code:
             raise IptablesError(self.programs.save, first_line(answer.error))
         return answer.output

@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from pyproxy.counters import NOTHING, Entry
 from pyproxy.delta import Delta
 from pyproxy.model import Family, ServicePortName
 from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
@@ -28,8 +29,9 @@ from pyproxy.rules.iptables import (
     set_name,
 )
 from pyproxy.rules.iptables_base import Place, jumps
+from pyproxy.rules.iptables_counts import entries
 from pyproxy.rules.iptables_layout import Layout, read
-from pyproxy.rules.iptables_text import Line, Rules, cleared, founded, parsed, rewritten
+from pyproxy.rules.iptables_text import Line, Rules, cleared, counted, founded, parsed, rewritten
 
 KINDS = {CLUSTER_IPS: IP_PORT, HAIRPIN: IP_PORT_IP}
 ATTEMPTS = 16  # for one change, each without something that was refused
@@ -66,6 +68,7 @@ class IpTarget:
         self._family: Family = ruleset().family
         self._layout = Layout(ruleset())
         self._held: dict[Place, tuple[str, ...]] = {}
+        self._rewritten: set[Place] = set()  # since counters were read: they count anew
         self._members: dict[str, Members] = {}
         self._missing: list[str] = []  # lines that add what every sync relies on
         self._due: dict[Place, tuple[str, ...] | None] = {}  # chains that may have to be sent
@@ -133,6 +136,25 @@ class IpTarget:
             raise ApplyError(str(error)) from error
         held = read(there, self._layout.fixed).items | members
         return tuple(differing(wanted, held))
+
+    async def counters(self, *, by_endpoint: bool) -> list[Entry[Item]]:
+        """List the tables, with what rules have counted since they were written.
+
+        A chain that is written anew counts from zero: what nobody had read is lost. Raises
+        ``ApplyError``.
+        """
+        try:
+            text = await self._tables.save(with_counters=True)
+        except IptablesError as error:
+            raise ApplyError(str(error)) from error
+        found = await asyncio.to_thread(lambda: list(entries(counted(text))))
+        anew, self._rewritten = self._rewritten, set()
+        ended = [
+            Entry(entry.key, entry.endpoint, NOTHING, ended=True)
+            for entry in found
+            if (entry.key.table, entry.key.chain) in anew
+        ]
+        return ended + [entry for entry in found if by_endpoint or entry.endpoint is None]
 
     async def clear(self) -> None:
         """Remove every rule and set of ours. Raises ``ApplyError``."""
@@ -237,6 +259,7 @@ class IpTarget:
         except IptablesError as error:
             self._failed = True
             return error, lines
+        self._rewritten.update(line.place for line in lines if line.place)
         self._written.update(line.place[0] for line in lines if line.place and line.rule)
         for place, rules in due.items():
             self._owned[place[0]] += len(rules or ()) - len(held.get(place, ()))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from pyproxy.counters import Counts
 from pyproxy.model import Address, Family, Frontend, Proto
 from pyproxy.proxier._netlink import ATTRIBUTE, Message, Netlink, attribute, attributes
 from pyproxy.rules.ipvs import Destination, Server
@@ -29,6 +30,7 @@ SERVICE, DEST, TIMEOUT_TCP, TIMEOUT_TCP_FIN, TIMEOUT_UDP = 1, 2, 4, 5, 6
 AF, PROTOCOL, ADDR, PORT, FWMARK, SCHEDULER, FLAGS, TIMEOUT, NETMASK = range(1, 10)
 STATS, STATS64 = 10, 12  # of servers and of destinations alike; the second since Linux 4.1
 COUNTERS = range(1, 6)
+COUNTED = ("connections", "packets_in", "packets_out", "bytes_in", "bytes_out")
 D_ADDR, D_PORT, D_METHOD, D_WEIGHT, D_UPPER, D_LOWER, D_ACTIVE, D_INACTIVE = range(1, 9)
 PERSISTENT = 0x1
 # Flags that schedulers give a meaning to. Without the first, connections that hash to a
@@ -69,16 +71,6 @@ class Busy(NamedTuple):
         They take minutes, through which its address would be refused by this node.
         """
         return not self.active and (doomed or not self.inactive)
-
-
-class Counts(NamedTuple):
-    """What the kernel counted; ``in`` is what clients sent."""
-
-    connections: int
-    packets_in: int
-    packets_out: int
-    bytes_in: int
-    bytes_out: int
 
 
 class Request(Struct, frozen=True, gc=False):
@@ -260,7 +252,8 @@ def why_not(request: Request, code: int) -> str:
 def counts_of(values: Mapping[int, bytes]) -> Counts:
     """Return the counters among the attributes of a server or of a destination."""
     counted = dict(attributes(values.get(STATS64) or values[STATS], 0))
-    return Counts(*(int.from_bytes(counted[kind], sys.byteorder) for kind in COUNTERS))
+    numbers = (int.from_bytes(counted[kind], sys.byteorder) for kind in COUNTERS)
+    return Counts(**dict(zip(COUNTED, numbers, strict=True)))
 
 
 def _u16(data: bytes | None) -> int:

@@ -17,13 +17,14 @@ from typing import cast
 from msgspec import Struct
 from msgspec.structs import replace
 
+from pyproxy.counters import Entry
 from pyproxy.delta import Delta
 from pyproxy.model import Address, Family, Frontend, Network
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.proxier._ipvsaudit import Weights, destination_differences, server_differences
 from pyproxy.proxier._ipvscompare import compared, weights_of
 from pyproxy.proxier._ipvslocal import Leads, LocalAddresses
-from pyproxy.proxier._ipvsnl import Counts, Ipvs, Request
+from pyproxy.proxier._ipvsnl import Ipvs, Request
 from pyproxy.proxier._vips import RTPROT_IPVS, Vips
 from pyproxy.reconcile import ApplyError, Clock, Difference, Target
 from pyproxy.rules.ipvs import (
@@ -164,23 +165,28 @@ class IpvsTarget:
             of_each = (Weights(f, held.weights, weights) for (f, held), weights in pairs)
             return [told for weights in of_each for told in destination_differences(weights)]
 
-    async def counters(self) -> dict[Frontend | Destination, Counts]:
+    async def counters(self, *, by_endpoint: bool) -> list[Entry[Key]]:
         """Return what went through each virtual server and to each destination since it was made.
 
-        Raises ``OSError``. The destinations of a server cost a request: ten thousand, seconds.
+        Raises ``ApplyError``. The destinations of a server cost a request: ten thousand, seconds.
         """
-        async with self._lock:
-            ipvs, _leads = self._sockets()
-            servers = await asyncio.to_thread(ipvs.counters)
-        found: dict[Frontend | Destination, Counts] = {}
-        found.update(servers.items())
-        frontends = list(servers)
-        for first in range(0, len(frontends), AT_ONCE):
-            some = frontends[first : first + AT_ONCE]
+        try:
             async with self._lock:
-                of_each = await asyncio.to_thread(list, map(ipvs.destination_counters, some))
-            for server, counts in zip(some, of_each, strict=True):
-                found |= {Destination(server, address): each for address, each in counts.items()}
+                ipvs, _leads = self._sockets()
+                servers = await asyncio.to_thread(ipvs.counters)
+            found = [Entry[Key](frontend, None, counts) for frontend, counts in servers.items()]
+            frontends = list(servers) if by_endpoint else []
+            for first in range(0, len(frontends), AT_ONCE):
+                some = frontends[first : first + AT_ONCE]
+                async with self._lock:
+                    of_each = await asyncio.to_thread(list, map(ipvs.destination_counters, some))
+                for server, counts in zip(some, of_each, strict=True):
+                    found += [
+                        Entry(Destination(server, address), address, each)
+                        for address, each in counts.items()
+                    ]
+        except OSError as error:
+            raise ApplyError(f"cannot read counters: {error.strerror}") from error
         return found
 
     @property

@@ -34,6 +34,7 @@ from pyproxy.proxier._nfpack import (
     SUBSYSTEM,
     RuleForm,
     SetForm,
+    get_elements,
     normal_set,
     packed_request,
 )
@@ -44,13 +45,14 @@ from pyproxy.proxier._nfread import (
     answers,
     chain_in,
     comment_in,
+    counters_in,
     described,
     elements_in,
     error_in,
     generation_in,
     text_in,
 )
-from pyproxy.rules.nft import Chain, Element, Table
+from pyproxy.rules.nft import Chain, Element, Table, Verdict
 
 NETLINK_NETFILTER = 12
 NETLINK_ADD_MEMBERSHIP = 1
@@ -90,6 +92,14 @@ class DumpedRule(NamedTuple):
 
     handle: int
     form: RuleForm
+
+
+class CountedElement(NamedTuple):
+    """An element, and how many packets found it."""
+
+    key: bytes
+    data: bytes | Verdict | None
+    packets: int
 
 
 class NfTables:
@@ -175,6 +185,22 @@ class NfTables:
             if len({element.key for element in found}) == len(found):
                 return found
         raise NfError(errno.EAGAIN, None, f"get elements of set {name}", "they keep moving")
+
+    def counters(
+        self, table: Table, name: str, keys: Sequence[bytes] | None = None
+    ) -> list[CountedElement]:
+        """Return what the elements of a set have counted: all, or those with these keys.
+
+        Raises ``NfError``, also when one of them is not there. While a set is moved to a larger
+        hash table, a dump may lack some, or have some twice.
+        """
+        if keys is None:
+            bodies = self._dump(GETSETELEM, table, string(1, table.name) + string(2, name))
+        else:
+            requests = map(acknowledged, get_elements(table, name, keys))
+            bodies = [body for request in requests for body in self._dump_once(request)[0]]
+        lists = (value for body in bodies for kind, value in plain_attributes(body) if kind == 3)
+        return [CountedElement(*found) for value in lists for found in counters_in(value)]
 
     def _rule(self, table: Table, part: dict[int, bytes]) -> DumpedRule:
         expressions = part.get(4, b"")
@@ -322,6 +348,13 @@ def _batch(messages: Sequence[bytes], first: int) -> bytearray:
     FLAGS.pack_into(batch, last + FLAGS_AT, flags | NLM_F_ACK)
     batch += _bracket(BATCH_END, first + len(messages))
     return batch
+
+
+def acknowledged(request: bytes) -> bytes:
+    """Return a request whose answers end with a word of the kernel."""
+    changed = bytearray(request)
+    FLAGS.pack_into(changed, FLAGS_AT, FLAGS.unpack_from(changed, FLAGS_AT)[0] | NLM_F_ACK)
+    return bytes(changed)
 
 
 def _bracket(kind: int, sequence: int) -> bytes:

@@ -48,6 +48,8 @@ NEWSET, GETSET, DELSET = range(9, 12)
 NEWSETELEM, GETSETELEM, DELSETELEM = range(12, 15)
 NEWGEN, GETGEN = 15, 16
 APPEND = 0x800
+SET_EXPRESSION = 17  # that each element of a set gets
+COUNTER = string(1, "counter")
 
 HOOKS: tuple[HookName, ...] = ("prerouting", "input", "forward", "output", "postrouting")
 ACCEPT = 1
@@ -172,6 +174,8 @@ def new_set(table: Table, a_set: Set) -> bytes:
         body += attribute(7, u32(key_length(a_set.data)))
     if a_set.timeout_seconds is not None:
         body += attribute(11, struct.pack(">Q", 1000 * a_set.timeout_seconds))
+    if a_set.counted:
+        body += attribute(SET_EXPRESSION, COUNTER)
     body += attribute(9, _description(a_set)) + attribute(13, _set_notes(table, a_set))
     return _request(NEWSET, table, body, NLM_F_CREATE)
 
@@ -191,13 +195,27 @@ def new_elements(table: Table, name: str, elements: Sequence[Element]) -> list[b
     return _element_requests(NEWSETELEM, table, name, elements)
 
 
+def get_elements(table: Table, name: str, keys: Sequence[bytes]) -> list[bytes]:
+    """Ask for single elements. Not for a transaction."""
+    return _element_requests(GETSETELEM, table, name, [Element(key) for key in keys])
+
+
 def delete_elements(table: Table, name: str, elements: Sequence[Element]) -> list[bytes]:
     """Delete elements: all of them have to be there. Only their keys matter."""
     return _element_requests(DELSETELEM, table, name, elements)
 
 
 SetForm = tuple[tuple[int, bytes], ...]
-_SET_MEANING = {3, 4, 5, 6, 7, 9, 11}  # what the dump has besides is ours for nft, or the kernel's
+_SET_MEANING = {
+    3,
+    4,
+    5,
+    6,
+    7,
+    9,
+    11,
+    SET_EXPRESSION,
+}  # what the dump has besides is ours for nft, or the kernel's
 
 
 def set_form(table: Table, a_set: Set) -> SetForm:
@@ -206,8 +224,17 @@ def set_form(table: Table, a_set: Set) -> SetForm:
 
 
 def normal_set(body: bytes) -> SetForm:
-    parts = ((kind, value) for kind, value in plain_attributes(body) if kind in _SET_MEANING)
+    parts = (
+        (kind, expression_name(value) if kind == SET_EXPRESSION else value)
+        for kind, value in plain_attributes(body)
+        if kind in _SET_MEANING
+    )
     return tuple(sorted((kind, value) for kind, value in parts if any(value)))
+
+
+def expression_name(value: bytes) -> bytes:
+    """Return what kind of expression this is; the kernel adds its state."""
+    return dict(plain_attributes(value))[1]
 
 
 def _set_flags(a_set: Set) -> int:

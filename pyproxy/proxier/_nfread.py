@@ -23,6 +23,7 @@ from pyproxy.rules.nft import Chain, Element, Hook, HookType, Verdict, VerdictKi
 GENERIC = 4  # struct nfgenmsg, between the header and the attributes
 SIGNED = struct.Struct("=i")
 NLM_F_ACK_TLVS = 0x200
+COUNTING, COUNTED_PACKETS = 7, 2  # an element's expression; of a counter
 KERNEL_TEXT = 1  # NLMSGERR_ATTR_MSG
 
 _VERBS = ("new", "get", "delete")
@@ -127,6 +128,17 @@ def anonymous_names(expressions: bytes) -> Iterator[str]:
 def elements_in(data: bytes) -> list[Element]:
     """Return the elements in one message of a dump."""
     return _uniform_elements(data) or list(_elements(data))
+
+
+def counters_in(data: bytes) -> Iterator[tuple[bytes, bytes | Verdict | None, int]]:
+    """Yield key, data and packets of the elements in one message that count."""
+    for _, element in attributes(data, 0):
+        parts = dict(plain_attributes(element))
+        if COUNTING in parts:
+            key = dict(plain_attributes(parts[1]))[DATA_VALUE]
+            expression = dict(plain_attributes(parts[COUNTING]))
+            numbers = dict(plain_attributes(expression[2]))
+            yield key, _element_data(parts.get(2, b"")), _number(numbers[COUNTED_PACKETS])
 
 
 def _uniform_elements(data: bytes) -> list[Element] | None:

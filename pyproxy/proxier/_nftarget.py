@@ -6,12 +6,17 @@ owners may want (a shared chain, a cluster IP, a hairpin) are there while anybod
 
 import asyncio
 import errno
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from msgspec.structs import replace
+
+from pyproxy.counters import Entry
 from pyproxy.delta import Delta
 from pyproxy.model import ServicePortName
+from pyproxy.proxier import _nfcount
 from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._nfcompare import compared, plain
 from pyproxy.proxier._nfnetlink import NfError, NfTables
@@ -28,6 +33,7 @@ IN_A_THREAD = 2000  # items: fewer are written before a thread would have starte
 K = TypeVar("K")
 V = TypeVar("V")
 NODE_PORT_IPS = "node-port-ips"
+MOST_ENDED = 10_000  # counts that are kept for the next who reads counters
 
 
 Forms = tuple[RuleForm, ...]
@@ -68,14 +74,18 @@ class NfTarget:
         ruleset: Callable[[], Ruleset],
         on_drift: Callable[[int], None] = lambda count: None,
         base: Base = nft_base,
+        counted: Collection[str] = (),
     ) -> None:
         """``ruleset`` returns what the fixed part shall be at that moment.
 
         ``on_drift`` hears how many things somebody else has changed, when that is found out.
+        The elements of the sets ``counted`` count the packets that find them.
         """
         self._ruleset = ruleset
         self._base = base
         self._on_drift = on_drift
+        self._counted = frozenset(counted)
+        self._ended: deque[Entry[Item]] = deque(maxlen=MOST_ENDED)  # until somebody reads them
         self._table = self._base.table(ruleset().family)
         self._nf: NfTables | None = None
         self._held = Held()
@@ -119,9 +129,9 @@ class NfTarget:
         packed = [*self._fixed, *messages.packed(self._table)]
         try:
             if len(delta.added) + len(delta.removed) > IN_A_THREAD:
-                await asyncio.to_thread(self._commit, packed)
+                await asyncio.to_thread(self._carry_out, packed, messages)
             else:
-                self._commit(packed)
+                self._carry_out(packed, messages)
         except (NfError, OSError) as error:
             raise ApplyError(str(error)) from error
         self._fixed = []
@@ -136,6 +146,24 @@ class NfTarget:
             return await asyncio.to_thread(compared, self._table, self._base, wanted)
         except (NfError, OSError) as error:
             raise ApplyError(str(error)) from error
+
+    async def counters(self, *, by_endpoint: bool) -> list[Entry[Item]]:
+        """Return what the elements have counted, those first that are no more.
+
+        Raises ``ApplyError``, also where nothing is counted.
+        """
+        if not self._counted:
+            raise ApplyError("mode nftables counts only with --service-metrics")
+        names = [n for n in self._counted if by_endpoint or n not in _nfcount.ENDPOINTS]
+        try:
+            found = await asyncio.to_thread(_nfcount.read, self._table, names)
+        except (NfError, OSError) as error:
+            raise ApplyError(str(error)) from error
+        ended = [entry for entry in self._ended if entry.key.container in names]
+        kept = [entry for entry in self._ended if entry.key.container not in names]
+        self._ended.clear()
+        self._ended.extend(kept)
+        return ended + found
 
     async def clear(self) -> None:
         """Delete the table, whoever made it. Raises ``ApplyError``."""
@@ -162,7 +190,7 @@ class NfTarget:
         chains = {chain.name: chain for chain in nf.chains(table)}
         sets = nf.sets(table)
         sound = all(chains.get(c.name) == c for c in self._base.CHAINS) and all(
-            sets.get(s.name) == set_form(table, s) for s in self._base.sets(table.family)
+            sets.get(s.name) == set_form(table, s) for s in self._sets()
         )
         if not sound:
             self._fixed = self._from_nothing(ruleset)
@@ -175,7 +203,7 @@ class NfTarget:
         self._held.chains = {n: tuple(f) for n, f in forms.items() if n not in fixed}
         self._held.affinity_sets = {n: f for n, f in sets.items() if n.startswith("affinity-")}
         items: dict[Item, Content] = {}
-        for a_set in self._base.sets(table.family):
+        for a_set in self._sets():
             if a_set.name != NODE_PORT_IPS:
                 items |= self._read_elements(nf, a_set.name)
         for name in self._held.chains:
@@ -185,6 +213,12 @@ class NfTarget:
         self._users = {(i.container, i.key): {None} for i in items if i.container in SHARED}
         self._fixed += self._node_port_ips(ruleset, nf.elements(table, NODE_PORT_IPS))
         return items
+
+    def _sets(self) -> tuple[Set, ...]:
+        return tuple(
+            replace(a_set, counted=True) if a_set.name in self._counted else a_set
+            for a_set in self._base.sets(self._table.family)
+        )
 
     def _read_elements(self, nf: NfTables, name: str) -> dict[Item, Content]:
         held: dict[bytes, Content] = {}
@@ -197,7 +231,7 @@ class NfTarget:
         """Return the fixed part as messages; a table of this name goes in the same moment."""
         table = self._table
         messages = [pack.new_table(table), pack.delete_table(table), pack.new_table(table)]
-        messages += [pack.new_set(table, a_set) for a_set in self._base.sets(table.family)]
+        messages += [pack.new_set(table, a_set) for a_set in self._sets()]
         messages += [pack.new_chain(table, chain) for chain in self._base.CHAINS]
         messages += [pack.new_rule(table, rule) for rule in self._base.rules(ruleset)]
         return messages + self._node_port_ips(ruleset, [])
@@ -306,6 +340,15 @@ class NfTarget:
         else:
             messages.insert.setdefault(container, []).append(element_of(key, content))
             held[key] = content
+
+    def _carry_out(self, packed: list[bytes], messages: Messages) -> None:
+        """Commit, and keep what elements have counted that are gone then."""
+        ended: list[Entry[Item]] = []
+        if self._counted and not self._fixed:  # else nothing counts, or all is made from nothing
+            doomed = {n: found for n, found in messages.remove.items() if n in self._counted}
+            ended = _nfcount.last(self._socket(), self._table, doomed)
+        self._commit(packed)
+        self._ended += ended
 
     def _commit(self, messages: list[bytes]) -> None:
         if not messages:

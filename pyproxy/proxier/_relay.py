@@ -107,6 +107,7 @@ class Side:
     """One side of a connection, and what is on its way from it to the other."""
 
     __slots__ = (
+        "carried",
         "connection",
         "ended",
         "fd",
@@ -127,6 +128,7 @@ class Side:
         self.connection = connection
         self.sock = sock
         self.fd = sock.fileno()
+        self.carried = 0  # bytes that this side has said
         self.is_over = False  # the connection is closed
         self.ended = False  # nothing more will be read from this side
         self.has_last = False  # its end has been told, and may have to be read yet
@@ -187,6 +189,7 @@ class Side:
             if not count:
                 self._end()
                 return
+            self.carried += count
             if not self._flush(BUFFER[:count]):
                 return
             if self._goes_through_pipe() if count == SMALL else not self.has_last:
@@ -249,6 +252,7 @@ class Side:
                 self._end()
                 return
             moved += count
+            self.carried += count
         self._soon()
 
     def _soon(self) -> None:

@@ -7,11 +7,12 @@ depends on it.
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 
 from pyproxy.config import node_port_cidrs
+from pyproxy.counters import Entry
 from pyproxy.delta import Delta
 from pyproxy.model import Address, Frontend
 from pyproxy.proxier import Env
@@ -80,6 +81,10 @@ class Balanced:
     async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
         """Look at the listeners: they serve everybody whom nothing here helps."""
         return await self._listeners.compare(wanted)
+
+    async def counters(self, *, by_endpoint: bool) -> Sequence[Entry[Frontend]]:
+        """Return what was relayed: of sockets that were given a backend, nothing is counted."""
+        return await self._listeners.counters(by_endpoint=by_endpoint)
 
     async def clear(self) -> None:
         if self._sockets is not None:

@@ -29,7 +29,17 @@ class Way:
     ``heard`` is called when something comes, ``refused`` when a socket has an error to tell.
     """
 
-    __slots__ = ("_batch", "_heard", "_poller", "_refused", "_round", "_sink", "_source", "_thick")
+    __slots__ = (
+        "_batch",
+        "_count",
+        "_heard",
+        "_poller",
+        "_refused",
+        "_round",
+        "_sink",
+        "_source",
+        "_thick",
+    )
 
     def __init__(
         self,
@@ -39,13 +49,16 @@ class Way:
         sink: SocketType,
         heard: Callable[[], None],
         refused: Callable[[SocketType], None],
+        count: Callable[[int, int], None],
     ) -> None:
+        """``count`` hears how many datagrams came, and their bytes."""
         self._poller = poller
         self._batch = batch
         self._source = source
         self._sink = sink
         self._heard = heard
         self._refused = refused
+        self._count = count
         self._round = 0
         self._thick = 0
 
@@ -54,10 +67,7 @@ class Way:
         self._heard()
         is_thick = self._thick >= THICK
         try:
-            if is_thick:
-                count = self._batch.receive(self._source.fileno())
-            else:
-                count = self._source.recv_into(BUFFER, LARGEST, MSG_DONTWAIT)
+            count = self._receive(in_batch=is_thick)
         except BlockingIOError:
             return
         except OSError:
@@ -74,6 +84,16 @@ class Way:
         except OSError as error:
             if error.errno != EMSGSIZE:  # that is about one datagram only
                 self._refused(self._sink)
+
+    def _receive(self, *, in_batch: bool) -> int:
+        """Return how many datagrams came; without ``in_batch``, how many bytes the one has."""
+        if not in_batch:
+            size = self._source.recv_into(BUFFER, LARGEST, MSG_DONTWAIT)
+            self._count(1, size)
+            return size
+        count = self._batch.receive(self._source.fileno())
+        self._count(count, self._batch.bytes_of(count))
+        return count
 
     def _measure(self, batch: int | None) -> None:
         """Find out how thick datagrams come: from round to round, then by the size of batches."""

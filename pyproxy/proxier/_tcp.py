@@ -5,13 +5,14 @@ import logging
 import random
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from socket import SocketType
 from typing import Protocol
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Address
 from pyproxy.proxier._handover import Given
+from pyproxy.proxier._meter import Carried, Meter
 from pyproxy.proxier._poller import Poller
 from pyproxy.proxier._relay import Connection
 from pyproxy.proxier._sockets import EXHAUSTED, Shortage, keep_alive
@@ -69,6 +70,11 @@ class TcpRelay:
     def open_count(self) -> int:
         return len(self._open)
 
+    def carried(self) -> Iterator[tuple[Meter, Address, Carried]]:
+        """Yield what each open connection has carried, with who counts it when it is over."""
+        for connection in self._open:
+            yield connection.meter, connection.address, connection.carried()
+
     async def drained(self) -> None:
         """Return when no connection is open any more."""
         while self._open or self._dials:
@@ -92,7 +98,7 @@ class TcpRelay:
         """Go on with a connection that another process has given away."""
         client, backend = given.sockets
         picker = Picker(random.randrange)  # whose backend it was is counted no more
-        connection = TcpConnection(self, client, backend, picker, given.backend)
+        connection = TcpConnection(self, client, backend, picker, given.backend, Meter())
         connection.broken = given.broken
         connection.resume(given.near, given.far)
 
@@ -173,7 +179,7 @@ class TcpRelay:
 class TcpConnection(Connection):
     """A connection, and to whom it goes."""
 
-    __slots__ = ("_address", "_picker", "_relay")
+    __slots__ = ("_picker", "_relay", "address", "meter")
 
     def __init__(
         self,
@@ -182,19 +188,26 @@ class TcpConnection(Connection):
         backend: SocketType,
         picker: Picker,
         address: Address,
+        meter: Meter,
     ) -> None:
         super().__init__(relay.poller, relay.pipes, client, backend)
         self._relay = relay
         self._picker = picker
-        self._address = address
+        self.address = address
+        self.meter = meter
+        meter.opened(address)
         relay.joined(self)
 
+    def carried(self) -> Carried:
+        return Carried(bytes_in=self.near.carried, bytes_out=self.far.carried)
+
     def closed(self) -> None:
-        self._picker.closed(self._address)
+        self._picker.closed(self.address)
+        self.meter.closed(self.address, self.carried())
         self._relay.parted(self)
 
     def given(self) -> Given:
         """Let go of it, for another process."""
         sockets = self.near.sock, self.far.sock
         near, far = self.release()
-        return Given(self._address, near, far, self.broken, sockets)
+        return Given(self.address, near, far, self.broken, sockets)

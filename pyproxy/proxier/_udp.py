@@ -19,6 +19,7 @@ from pyproxy.balancer import NOBODY, Picker
 from pyproxy.model import Address, Forward
 from pyproxy.proxier._batch import Batch
 from pyproxy.proxier._datagrams import Key, Peer, Requests, ancillary
+from pyproxy.proxier._meter import Carried, Meter
 from pyproxy.proxier._poller import IN, Poller
 from pyproxy.proxier._sockets import EXHAUSTED, Shortage, answering, destination
 from pyproxy.proxier._stream import Way, beside, strays
@@ -134,6 +135,7 @@ class Flow:
         "_round",
         "_thick",
         "backend",
+        "carried",
         "heard_at",
     )
 
@@ -147,8 +149,10 @@ class Flow:
         self._round = 0  # of the poller, when the last reply came
         self._thick = 0  # datagrams that came in one round with another
         self.backend = backend
+        self.carried = Carried()
         self._born_at = self.heard_at = front.relay.loop.time()
         self._picker.opened(backend)
+        front.meter.opened(backend)
         front.relay.poller.add(sock.fileno(), IN, self)
         front.relay.add(self)
 
@@ -169,6 +173,7 @@ class Flow:
         self.heard()
         try:
             self._far.send(data)
+            self._asked(1, len(data))
         except BlockingIOError:
             pass  # the queue is full: UDP loses it, as a network would
         except OSError as error:
@@ -186,6 +191,7 @@ class Flow:
             if sock is not None:
                 relay.poller.close_socket(sock)
         self._picker.closed(self.backend)
+        self._front.meter.closed(self.backend, self.carried)
         relay.observe("closed")
 
     def ready(self, _events: int) -> None:
@@ -202,9 +208,18 @@ class Flow:
             except OSError:  # port unreachable: the next datagram may find another backend
                 self.close()
                 return
+            self._answered(1, len(data))
             self._front.reply(data, self._key)
             if count:
                 self.thicken()
+
+    def _asked(self, count: int, size: int) -> None:
+        self.carried.packets_in += count
+        self.carried.bytes_in += size
+
+    def _answered(self, count: int, size: int) -> None:
+        self.carried.packets_out += count
+        self.carried.bytes_out += size
 
     def heard(self) -> None:
         self.heard_at = self._front.relay.loop.time()
@@ -232,8 +247,10 @@ class Flow:
         if key not in front.flows:
             return  # one of them was refused
         poller, batch, refused = relay.poller, relay.batch, self._refused
-        poller.add(near.fileno(), IN, Way(poller, batch, near, self._far, self.heard, refused))
-        poller.lead(self._far.fileno(), Way(poller, batch, self._far, near, self.replied, refused))
+        there = Way(poller, batch, near, self._far, self.heard, refused, self._asked)
+        back = Way(poller, batch, self._far, near, self.replied, refused, self._answered)
+        poller.add(near.fileno(), IN, there)
+        poller.lead(self._far.fileno(), back)
 
     def _refused(self, sock: SocketType) -> None:
         if sock is self._far:  # a client that is gone for now may come back
@@ -257,6 +274,7 @@ class UdpFront:
         self.listener = listener
         self.picker = picker
         self.flows: dict[Key, Flow] = {}
+        self.meter = Meter()
         self._wildcard = wildcard
         self._by_local: dict[bytes, socket.socket] = {}
         self._answering: list[socket.socket] = []  # for datagrams that came by a shared socket

@@ -8,6 +8,7 @@ from pyproxy.model import Family
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import node_port_ips, pods_of
 from pyproxy.proxier._nfaudit import Audit, why_no_tables
+from pyproxy.proxier._nfcount import COUNTED
 from pyproxy.proxier._nfnetlink import NfError
 from pyproxy.proxier._nftarget import NfTarget, delete_tables
 from pyproxy.proxier._tracked import Tracked, set_limits
@@ -31,7 +32,8 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 def build(env: Env) -> Proxier:
     audit = Audit(env, partial(ruleset_for, env), nft_base.TABLE_NAME)
-    target = NfTarget(partial(ruleset_for, env), audit.found)
+    counted = COUNTED[env.config.service_metrics]
+    target = NfTarget(partial(ruleset_for, env), audit.found, counted=counted)
     env.host.on_change(audit.look_around)
     env.tasks.create_task(audit.run(target), name=f"audit IPv{env.family}")
     compiled = partial(compile_owner, ruleset_for(env))  # owners look at its lasting part only

@@ -12,6 +12,7 @@ from functools import partial
 
 from pyproxy.balancer import Picker
 from pyproxy.config import Config, sync_periods, with_setting
+from pyproxy.counters import Entry
 from pyproxy.delta import Delta
 from pyproxy.ip import is_loopback
 from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
@@ -211,6 +212,11 @@ class Frontends:
         missing = self._wanted(f for f in wanted if f in held).keys() - listed
         lost = [Difference(f"local route {vip.ip}", "a route of ours", None) for vip in missing]
         return (*found, *lost)
+
+    async def counters(self, *, by_endpoint: bool) -> tuple[Entry[Frontend], ...]:
+        """Return what our sockets have carried; the kernel balances others without telling."""
+        entries = self._opened.entries() if self._opened is not None else ()
+        return tuple(entry for entry in entries if by_endpoint or entry.endpoint is None)
 
     async def clear(self) -> None:
         """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""

@@ -51,6 +51,17 @@ def parsed(text: str) -> dict[Place, tuple[str, ...]]:
     return {place: tuple(found) for place, found in rules.items()}
 
 
+def counted(text: str) -> Iterator[tuple[Place, str, int]]:
+    """Yield chain, rule and packets of what ``iptables-save --counters`` prints."""
+    table = ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            counts, _, chain, rule = line.split(" ", 3)
+            yield (table, chain), rule, int(counts[1:].partition(":")[0])
+        elif line.startswith("*"):
+            table = line[1:].strip()
+
+
 def target_of(rule: str) -> str:
     """Return the chain or the verdict that a rule leads to."""
     found = TARGET.findall(" " + rule)

@@ -77,6 +77,7 @@ class Set(Struct, frozen=True):
     flags: tuple[SetFlag, ...] = ()
     timeout_seconds: int | None = None
     size: int | None = None  # None: no limit, but DYNAMIC_SIZE for a dynamic set
+    counted: bool = False  # each element counts the packets that find it
 
 
 # --- Statements -----------------------------------------------------------------------------------

@@ -198,6 +198,8 @@ def _set_lines(table: Table, a_set: Set, elements: Sequence[Element]) -> Iterato
         yield f"\t\tflags {','.join(a_set.flags)}"
     if a_set.timeout_seconds is not None:
         yield f"\t\ttimeout {a_set.timeout_seconds}s"
+    if a_set.counted:
+        yield "\t\tcounter"
     if elements:
         ordered = sorted(elements, key=lambda element: key_order(a_set.key, element.key))
         lines = ",\n\t\t\t".join(element_text(a_set, element) for element in ordered)

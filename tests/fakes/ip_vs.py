@@ -3,14 +3,15 @@
 import errno
 import struct
 
+from pyproxy.counters import Counts
 from pyproxy.model import Address
 from pyproxy.proxier import _ipvsnl as nl
-from pyproxy.proxier._ipvsnl import Busy, Counts
+from pyproxy.proxier._ipvsnl import Busy
 from pyproxy.proxier._netlink import attributes
 from pyproxy.reconcile import Difference
 from pyproxy.rules.ipvs import Destination, Server
 
-NOTHING = Counts(0, 0, 0, 0, 0)
+NOTHING = Counts(connections=0, packets_in=0, packets_out=0, bytes_in=0, bytes_out=0)
 KERNELS = ("rr", "wrr", "lc", "wlc", "sh", "dh", "mh", "sed", "nq")
 
 

@@ -10,6 +10,7 @@ class FakeTarget:
         self.refuses = set()
         self.fail_next = 0  # how many writes to lose; what is held is anything after one
         self.writes = []
+        self.counted = []  # entries, as they are now
 
     async def adopt(self):
         return dict(self.holds)
@@ -33,6 +34,9 @@ class FakeTarget:
             for key, value in wanted.items()
             if held[key] != value
         )
+
+    async def counters(self, *, by_endpoint):
+        return [e for e in self.counted if by_endpoint or e.endpoint is None]
 
     async def clear(self):
         self.holds = {}

@@ -7,6 +7,7 @@ import pytest
 from msgspec import structs
 
 from pyproxy.config import IPVS, Config
+from pyproxy.counters import Tally, Where
 from pyproxy.host import Host
 from pyproxy.model import (
     Address,
@@ -25,6 +26,7 @@ from pyproxy.proxier._ipvsnl import Busy, Ipvs
 from pyproxy.proxier._vips import RULE_PRIORITY
 from pyproxy.rules.ipvs import Destination, Server
 from pyproxy.rules.ipvs_text import text
+from tests.builders import owner
 from tests.guest import lab
 from tests.guest.lab import POD, Client, output_of
 from tests.netns.node import VIP, proxied
@@ -351,7 +353,7 @@ def local_routes(family):
 
 async def test_what_goes_through_is_counted(family, config, ipvs):
     cluster = (service(family), endpoints(family, "b"))
-    async with lab.pods(family, "TCP"), node(family, config, *cluster):
+    async with lab.pods(family, "TCP"), node(family, config, *cluster) as proxy:
         assert isinstance(await lab.ask("a", VIP[family].format(1), 80, "TCP"), lab.Reply)
         await until(lambda: ipvs.counters()[web(family)].connections == 1)
         counted = ipvs.counters()[web(family)]
@@ -361,6 +363,10 @@ async def test_what_goes_through_is_counted(family, config, ipvs):
         assert ipvs.destination_counters(web(family)) == {
             Address(POD[family]["b"], lab.PORT): counted
         }
+        reading = await proxy.carrier.counters(by_endpoint=True)
+        found = Tally().take(reading, by_endpoint=True)
+        where = [Where(owner("web")), Where(owner("web"), Address(POD[family]["b"], lab.PORT))]
+        assert found == dict.fromkeys(where, counted)
 
 
 async def test_a_scheduler_that_the_kernel_has_not_is_replaced(family, config, ipvs):

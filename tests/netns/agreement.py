@@ -100,6 +100,8 @@ WORDS = {
     "wait": ("wait", "service/shop/apart", "--for=programmed"),
     "wait for two": ("wait", "service/shop/apart", "--for=endpoints=2", "--timeout=300ms"),
     "wait for nothing": ("wait", "service/shop/never", "--for=absent"),
+    "top": ("top", "-n1", "--interval=600ms"),
+    "top of endpoints": ("top", "--by=endpoint", "-n1", "--interval=600ms"),
     "json": ("explain", "service/shop/apart", "-o", "json"),
 }
 

@@ -176,7 +176,8 @@ async def staged(lab, folder, mode):
     stage.manifests.mkdir()
     demo = Demo(lab, stage.manifests, mode, lambda line: None, Look())
     (stage.manifests / "extra.yaml").write_text(EXTRA)
-    program = (sys.executable, "-m", "pyproxy", "run", "--control-socket", str(stage.socket))
+    flags = ("--service-metrics=endpoint", "--control-socket", str(stage.socket))
+    program = (sys.executable, "-m", "pyproxy", "run", *flags)
     async with demo.on_stage(stage.log, program):
         yield stage
 

@@ -220,3 +220,40 @@ def test_connections_are_counted_by_service(sound):
         for sock in (*clients, server):
             sock.close()
         told("nft", "delete table ip watch")
+
+
+@contextmanager
+def serving(folder, mode):
+    """Have pyproxy serve this namespace; yield its socket and its log."""
+    (folder / "manifests").mkdir()
+    (folder / "manifests" / "web.yaml").write_text(MANIFEST)
+    path, log = folder / "run" / "pyproxy.sock", folder / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pyproxy", f"--manifests={folder / 'manifests'}",
+             f"--control-socket={path}", f"--proxy-mode={mode}", "--hostname-override=node-a",
+             "--cluster-cidr=10.244.0.0/16", f"--state-dir={folder}"],
+            stdout=file, stderr=file,
+        )  # fmt: skip
+    socket_flag = f"--control-socket={path}"
+    try:
+        told(sys.executable, "-m", "pyproxy", "wait", "service/default/web", socket_flag)
+        yield socket_flag, log
+    finally:
+        process.terminate()
+        process.wait(LIMIT_SECONDS)
+        told(sys.executable, "-m", "pyproxy", "cleanup")
+
+
+@pytest.mark.parametrize("mode", ["nftables", "iptables", "userspace"])
+def test_beside_a_pyproxy_that_runs(sound, tmp_path, mode):
+    """Its own rules are not foreign, its mode is the one examined, and it told the same itself."""
+    with sysctl("net/ipv4/ip_forward", "0"), serving(tmp_path, mode) as (socket_flag, log):
+        words = (sys.executable, "-m", "pyproxy", "doctor", "-o", "json", socket_flag)
+        code, output, errors = ran(*words)
+        warnings = [line for line in log.read_text().splitlines() if line.startswith("W")]
+    report = json.loads(output)
+    worse = [f["subject"] for f in report["findings"] if f["severity"] != "note"]
+    assert (code, report["mode"], report["node"], errors) == (1, mode, "node-a", "")
+    assert set(worse) - {"open files"} == {"forwarding"}  # this machine may allow too few
+    assert any("forwards no IPv4 packets" in line for line in warnings), warnings

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from pyproxy.commands.doctor import frontend_of, text
 from pyproxy.doctor.facts import Facts, Finding, Link, Module, Served, Server, Tracked
-from pyproxy.doctor.findings import Report, findings
+from pyproxy.doctor.findings import Report, findings, worth_a_warning
 from pyproxy.doctor.look import default_ways
 from pyproxy.doctor.look_closer import module_name, options_in
 from pyproxy.model import Frontend
@@ -33,7 +33,7 @@ SOUND = Facts(
     uplinks=("eth0",),
     flavours={"nft": 7, "legacy": 0},
     tracked=Tracked(100, 1000),
-    open_files=(1024, 524288),
+    open_files=524288,
     is_clock_synchronised=True,
     server=Server("https://192.0.2.1:6443", "", 200, 0.4, 300 * 86400.0),
     served=(WEB,),
@@ -128,7 +128,7 @@ TUNNEL = replace(
             id="conntrack is full",
         ),
         pytest.param(
-            replace(SOUND, mode="userspace", open_files=(1024, 4096)), "warning", "open files",
+            replace(SOUND, mode="userspace", open_files=4096), "warning", "open files",
             "at most 4096", id="few files",
         ),
         pytest.param(
@@ -150,6 +150,10 @@ TUNNEL = replace(
         pytest.param(
             replace(SOUND, server=Server("https://192.0.2.1", status=404)), "error", "Node",
             'no Node "node-a"', id="no Node of this name",
+        ),
+        pytest.param(
+            replace(SOUND, needs_pod_cidrs=True), "error", "Node", "spec.podCIDRs is empty",
+            id="pods are recognised by what the Node has not",
         ),
         pytest.param(
             replace(SOUND, server=SOUND.server._replace(certificate_seconds=86400.0)), "warning",
@@ -185,6 +189,11 @@ def test_trouble_is_found(facts, severity, subject, words):
     (found,) = findings(facts)
     assert (found.severity, found.subject) == (severity, subject)
     assert words in " ".join((found.what, found.evidence, found.fix))
+
+
+def test_a_pyproxy_that_starts_tells_no_notes():
+    facts = replace(SOUND, has_read_only_sysctls=True, sysctls={"net/ipv4/ip_forward": "0"})
+    assert {finding.subject for finding in worth_a_warning(facts)} == {"forwarding", "bridge"}
 
 
 # --- parts of the kernel --------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from ipaddress import ip_network
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from pyproxy.doctor.barriers import of_iptables, of_nft
@@ -198,3 +200,51 @@ def test_a_policy_is_about_nobody():
     assert not covers(barrier, WEB)
     narrowed = barrier._replace(limits=Limits(destinations=(ip_network("10.96.0.10/32"),)))
     assert covers(narrowed, WEB)
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        pytest.param("-d 10.0.0.0/255.0.0.255 -p tcp -m tcp --dport 80 -j DROP", "some", id="mask"),
+        pytest.param("-p tcp -m tcp --dport http -j DROP", None, id="a port's name"),
+        pytest.param("-m comment --comment don't -d 10.96.0.10/32 -j DROP", "drops", id="quote"),
+    ],
+)
+def test_what_is_odd_in_one_rule_does_not_hide_the_others(rule, text):
+    more = "-A PREROUTING -p tcp -m tcp --dport 30080 -j DROP"
+    barriers = of_iptables(4, "nft", saved(f"-A PREROUTING {rule}", more, table="raw"))
+    found = [f.what for f in shadows(Facts("nftables", barriers=tuple(barriers), served=SERVED))]
+    assert any("node:30080/TCP" in what for what in found)
+    assert text is None or any(text in what and "10.96.0.10" in what for what in found)
+
+
+words = st.sampled_from(
+    ["-d", "10.96.0.0/16", "!", "-p", "tcp", "--dport", "80", "79:", ":81", "1:2:3", "-m",
+     "multiport", "--dports", "80,443", "-j", "DNAT", "DROP", "LOOP", "--comment", "'", '"', "\\",
+     "--dst-type", "LOCAL"]
+)  # fmt: skip
+
+
+@given(st.lists(st.lists(words | st.text(max_size=8), max_size=9), max_size=5))
+def test_no_listing_is_too_odd_to_be_read(rules):
+    lines = [f"-A PREROUTING {' '.join(rule)}".replace("\n", " ") for rule in rules]
+    text = "\n".join(["*nat", ":PREROUTING - [0:0]", ":LOOP - [0:0]", *lines, "-A LOOP -j LOOP"])
+    for barrier in of_iptables(4, "nft", text):
+        assert barrier.where == "iptables (nft) IPv4 nat PREROUTING"
+        assert all(first >= 0 for first, _last in barrier.limits.ports or ())
+
+
+json_values = st.recursive(
+    st.none() | st.integers(-1, 70000) | st.sampled_from(["tcp", "10.96.0.10", "@set", "local"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["set", "range", "prefix", "addr", "len", "x"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from([DADDR, DPORT, {"meta": {"key": "l4proto"}}, {"x": 1}, "y"]), json_values)
+def test_no_match_of_nft_is_too_odd_to_be_read(left, right):
+    (barrier,) = table([match(left, right), {"drop": None}])
+    assert barrier.kind == "drop"

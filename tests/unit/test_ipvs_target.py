@@ -4,6 +4,7 @@ from ipaddress import ip_network
 
 import pytest
 
+from pyproxy.counters import Counts, Entry
 from pyproxy.delta import Delta, diff
 from pyproxy.model import Address, Frontend
 from pyproxy.proxier import _ipvsnl as nl
@@ -12,7 +13,7 @@ from pyproxy.proxier._vips import RTPROT_IPVS, one_port, whole_address
 from pyproxy.rules.ipvs import BOUND, Destination, LocalAddress, Server
 from pyproxy.rules.nftables import PRESENT, Item
 from tests.builders import owner
-from tests.fakes.ip_vs import FakeIpvs, FakeTable, FakeVips
+from tests.fakes.ip_vs import NOTHING, FakeIpvs, FakeTable, FakeVips
 
 WEB = Frontend("10.96.0.1", 80, "TCP")
 DNS = Frontend("10.96.0.1", 53, "UDP")
@@ -356,13 +357,14 @@ async def test_who_looks_finds_what_others_changed(node):
 
 async def test_what_went_through_is_counted_for_each_server_and_destination(node):
     await node.want(state(ONE, TWO))
-    busy = nl.Counts(3, 30, 20, 3000, 2000)
+    busy = Counts(connections=3, packets_in=30, packets_out=20, bytes_in=3000, bytes_out=2000)
     node.ipvs.counts = {WEB: busy, Destination(WEB, ONE): busy}
-    assert await node.target.counters() == {
-        WEB: busy,
-        Destination(WEB, ONE): busy,
-        Destination(WEB, TWO): nl.Counts(0, 0, 0, 0, 0),
-    }
+    assert await node.target.counters(by_endpoint=False) == [Entry(WEB, None, busy)]
+    assert await node.target.counters(by_endpoint=True) == [
+        Entry(WEB, None, busy),
+        Entry(Destination(WEB, ONE), ONE, busy),
+        Entry(Destination(WEB, TWO), TWO, NOTHING),
+    ]
 
 
 async def test_after_a_failure_nothing_waits_that_still_takes_connections(node):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pyproxy.counters import Counts
 from pyproxy.model import Address, Frontend
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.rules.ipvs import Destination, Server
@@ -89,4 +90,6 @@ def test_messages_are_what_ip_vs_reads(request_, body):
 )
 def test_counters_are_connections_packets_and_bytes_of_both_ways(values):
     many = 1 << 32 if nl.STATS64 in values else 0
-    assert nl.counts_of(values) == nl.Counts(3, 30 + many, 20, 3000, 2000)
+    assert nl.counts_of(values) == Counts(
+        connections=3, packets_in=30 + many, packets_out=20, bytes_in=3000, bytes_out=2000
+    )
