@@ -130,7 +130,7 @@ async def test_rules_of_others_outlive_us_unchanged(flavour):
         assert any("KUBE-SVC-" in line for line in everything()[family, flavour])
         assert everything()[family, OTHER[flavour]] == before[family, OTHER[flavour]]
     for family in (4, 6):
-        assert await MODE.cleanup(family) is None
+        assert await MODE.cleanup(family, Config()) is None
     assert everything() == before
     assert output_of("ipset", "list", "-n") == ""
 
@@ -142,7 +142,7 @@ async def test_a_mixed_host_is_warned_of_and_keeps_both(flavour, caplog):
     async with process(4):
         assert "both flavours" in caplog.text
         assert of_others(everything()) == before
-    assert await MODE.cleanup(4) is None
+    assert await MODE.cleanup(4, Config()) is None
     assert everything() == before
 
 
