@@ -168,7 +168,8 @@ def tell_of_many(count: int) -> None:
 
 
 def compared(lane: Lane, found: Verified) -> VerifiedFamily:
-    differences = tuple(DifferenceRow(d.entry, d.wanted, d.held) for d in found.differences)
+    ordered = sorted(found.differences, key=lambda difference: difference.entry)
+    differences = tuple(DifferenceRow(d.entry, d.wanted, d.held) for d in ordered)
     verdict = "differs" if differences else "agrees"
     return VerifiedFamily(lane.family, verdict, found.entries, differences)
 

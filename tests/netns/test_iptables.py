@@ -183,11 +183,12 @@ async def test_a_restore_that_failed_is_told(tables, ruleset):
 
 
 @pytest.mark.parametrize("tables", [(4, "nft"), (4, "legacy")], indirect=True, ids=str)
-async def test_what_comes_to_a_node_port_at_loopback_is_counted(tables, ruleset):
+async def test_what_comes_to_a_node_port_at_loopback_is_counted(tables, ruleset, request):
     assert ruleset.counted, "the kernel has no nfacct"
     plan = cluster(4)
     await proxier(tables, ruleset).sync(plan, set(plan.ports))
     output_of("ip", "route", "replace", "10.244.1.0/24", "dev", "lo")
+    request.addfinalizer(lambda: output_of("ip", "route", "delete", "10.244.1.0/24", "dev", "lo"))
     output_of("conntrack", "-F")
     before = _nfacct.packets(LOCALHOST_ACCEPTED)
     for port in (30001, 30001, 9):
