@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 import signal
-import sys
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Protocol
@@ -12,6 +11,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from pyproxy import proxier
+from pyproxy.aftermath import cleaned_up_after_others
 from pyproxy.cache import Cache
 from pyproxy.config import (
     Config,
@@ -53,7 +53,6 @@ from pyproxy.telemetry import Telemetry
 from pyproxy.topology import Place
 
 FULL_SYNC_SECONDS = 3600.0
-CLEANUP_SECONDS = 60.0
 GATING: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node")
 WILDCARD: dict[Family, str] = {4: "0.0.0.0", 6: "::"}
 
@@ -385,28 +384,6 @@ class App:
             self._feed.record(reason, message, warning=warning, action=action, service=service),
             name=f"event {reason}",
         )
-
-
-async def cleaned_up_after_others(config: Config) -> str | None:
-    """Remove what kube-proxy or another mode left, once ours works; return what went wrong.
-
-    A process of its own, so that this one never imports a mode that it does not run.
-    """
-    words = [sys.executable, "-m", "pyproxy", "cleanup", f"--keep={config.mode}"]
-    if config.ipvs.exclude_cidrs:
-        words.append(f"--ipvs-exclude-cidrs={','.join(config.ipvs.exclude_cidrs)}")
-    try:
-        async with asyncio.timeout(CLEANUP_SECONDS):
-            process = await asyncio.create_subprocess_exec(
-                *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-            )
-            output, _ = await process.communicate()
-    except TimeoutError:
-        return f"no end after {CLEANUP_SECONDS:.0f} s"
-    except OSError as error:
-        return str(error)
-    lines = output.decode(errors="replace").splitlines()[-3:]
-    return "; ".join(lines) if process.returncode else None
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 from pyproxy import proxier
-from pyproxy.app import App, Fatal, Feed, cleaned_up_after_others
+from pyproxy.aftermath import cleaned_up_after_others
+from pyproxy.app import App, Fatal, Feed
 from pyproxy.config import Config
 from pyproxy.http import parse_bind
 from pyproxy.lane import Lane

@@ -44,17 +44,18 @@ class Past(NamedTuple):
 
 
 class Bypass:
-    """The rules of one family that lead past frontends; ``mark`` tells that they are ours."""
+    """The rules of one family that lead past frontends; ``mark`` tells that they are ours.
 
-    def __init__(self, family: Family, mark: int, netlink: Netlink | None = None) -> None:
+    The channel is lent: whoever opened it closes it.
+    """
+
+    def __init__(self, family: Family, mark: int, netlink: Netlink) -> None:
+        self._version = family
         self._family = socket.AF_INET if family == 4 else socket.AF_INET6
         self._bits = 32 if family == 4 else 128
         self._mark = mark
-        self._netlink = netlink or Netlink()
+        self._netlink = netlink
         self._there: set[Past] | None = None  # None: to be asked for
-
-    def close(self) -> None:
-        self._netlink.close()
 
     def put(
         self, frontends: Collection[Frontend], pods: Iterable[Network]
@@ -62,7 +63,7 @@ class Bypass:
         """Let these frontends and no others be gone past; return why not, where it cannot be."""
         if self._there is None:
             self._there = self.listed()
-        own = [pod for pod in pods if pod.version == (4 if self._bits == 32 else 6)]
+        own = [pod for pod in pods if pod.version == self._version]
         wanted = {Past(f, senders) for f in frontends for senders in (None, *own)}
         new, old = sorted(wanted - self._there, key=str), sorted(self._there - wanted, key=str)
         if new and not self._there:

@@ -74,16 +74,15 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
     """Remove what outlives the process: routes, programs and rules. kube-proxy has none of it."""
     if not ours:
         return None
-    routes, bypass = Vips(family, None), Bypass(family, RTPROT_PYPROXY)
+    routes = Vips(family, None)
     try:
         remove_pins(family)
         left = routes.remove(routes.listed())
-        bypass.clear()
+        Bypass(family, RTPROT_PYPROXY, routes.netlink).clear()
     except OSError as error:
         return f"cannot remove local routes and programs: {error}"
     finally:
         routes.close()
-        bypass.close()
     problems = list(left.values())
     try:
         remove_rules(family)
@@ -242,7 +241,7 @@ class Frontends:
             log.info("closing connections", extra={"open": self._tcp.open_count})
         self._tcp.close_all()
         self._udp.close_all()
-        for opened in (self._transparent, self._vips, self._bypass):
+        for opened in (self._transparent, self._vips):
             if opened is not None:
                 opened.close()
 
