@@ -97,5 +97,5 @@ install = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(1) >/dev/null; \
 	else echo "missing: $(1) (as root: apt-get install $(1))" >&2; exit 1; fi
 
-# Root gets a network namespace; everybody else a user namespace with one.
-isolated = if [ "$$(id -u)" = 0 ]; then unshare --net $(1); else unshare --net --map-root-user $(1); fi
+# Root gets namespaces of network and mounts; everybody else a user namespace with them.
+isolated = unshare --net --mount $$(test "$$(id -u)" = 0 || echo --map-root-user) $(1)

@@ -19,7 +19,7 @@ SYSCALLS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390
 
 MAP_CREATE, MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, MAP_NEXT_KEY = range(5)
 PROG_LOAD, OBJ_PIN, OBJ_GET = 5, 6, 7
-MAP_UPDATE_BATCH, LINK_CREATE, LINK_UPDATE = 26, 28, 29
+MAP_UPDATE_BATCH, LINK_CREATE, LINK_UPDATE, LINK_DETACH = 26, 28, 29, 34
 
 HASH, ARRAY, LRU_HASH, SOCKMAP = 1, 2, 9, 15  # kinds of map
 GROWS = 1  # a map's flag: memory is taken as it is used
@@ -190,6 +190,14 @@ def create_link(program: Handle, target: int, attach: int) -> Handle:
 def update_link(link: Handle, program: Handle) -> None:
     """Put another program into a link, without a moment between. Raises ``OSError``."""
     bpf(LINK_UPDATE, struct.pack("=IIII", link.fd, program.fd, 0, 0))
+
+
+def detach(link: Handle) -> None:
+    """Let a link's program see nothing from now on. Raises ``OSError``.
+
+    A link that nothing refers to any more is detached, too, but not before the kernel gets to it.
+    """
+    bpf(LINK_DETACH, struct.pack("=I", link.fd))
 
 
 def pinned(path: Path) -> Handle | None:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from pyproxy.config import Config
 from pyproxy.model import Family
-from pyproxy.proxier._bpf import mount_bpffs
+from pyproxy.proxier._bpf import detach, mount_bpffs, pinned
+from pyproxy.rules.socketlb_code import HOOKS
 
 LAYOUT = 1  # of the maps' keys and values: what another one has pinned is not adopted
 BPFFS = Path("/sys/fs/bpf")
@@ -75,14 +76,23 @@ def pins(cgroup: Path, family: Family) -> Path:
 def remove_pins(family: Family, *, but: Path | None = None) -> None:
     """Remove what was pinned for a family of this network namespace. Raises ``OSError``.
 
-    Programs end with the pins of their links.
+    When it returns, their programs see no connection any more.
     """
     found = [folder for at in bpf_file_systems() for folder in (at / FOLDER).glob("*-*-*-*")]
     if found:
         ours = f"{own_cookie()}-ipv{family}-"
         for folder in found:
             if folder.name.startswith(ours) and folder != but:
+                detach_links(family, folder)
                 rmtree(folder)
+
+
+def detach_links(family: Family, folder: Path) -> None:
+    """End the programs whose links are pinned here. Raises ``OSError``."""
+    for hook in HOOKS[family]:
+        if (link := pinned(folder / str(hook))) is not None:
+            with link:
+                detach(link)
 
 
 def own_cookie() -> int:
@@ -96,7 +106,8 @@ def own_cookie() -> int:
 
 
 def bpf_file_systems() -> list[Path]:
-    return [mount.at for mount in mounts() if mount.kind == "bpf"]
+    """Return where one is mounted: each place once, even if several lie on top of each other."""
+    return list(dict.fromkeys(mount.at for mount in mounts() if mount.kind == "bpf"))
 
 
 def mounts() -> Iterator[Mount]:

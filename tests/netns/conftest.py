@@ -9,6 +9,7 @@ import pytest
 
 from pyproxy.config import Config, Userspace
 from pyproxy.proxier import _bpf
+from pyproxy.proxier._socketlb_site import BPFFS
 from tests.netns.standin import NODE_IP, printed
 
 ALLOW = bytes.fromhex("b7000000010000009500000000000000")  # r0 = 1; exit
@@ -35,7 +36,7 @@ def in_host_namespace():
 def namespace():
     """Addresses of the node, of a stranger and of a pod, all on lo of a namespace of our own."""
     if in_host_namespace():
-        reason = "run it as: unshare --net --map-root-user pytest tests/netns (make netns does)"
+        reason = "run it as: unshare -rnm pytest tests/netns (make netns does)"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
@@ -65,13 +66,11 @@ def privileged():
 
 
 @pytest.fixture
-def bpffs(tmp_path):
-    """A bpf file system of the test's own."""
-    at = tmp_path / "bpf"
-    at.mkdir()
-    run("mount", "-t", "bpf", "bpf", str(at))
-    yield at
-    run("umount", str(at))
+def bpffs():
+    """A bpf file system of the test's own, over any that is where pyproxy looks first."""
+    run("mount", "-t", "bpf", "bpf", str(BPFFS))
+    yield BPFFS
+    run("umount", str(BPFFS))
 
 
 @pytest.fixture

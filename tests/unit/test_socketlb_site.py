@@ -82,7 +82,7 @@ def test_pins_of_other_cgroups_and_layouts_go_and_those_of_others_stay(
     names = ["12-ipv4-0-77", "12-ipv6-1-77", "123-ipv4-1-77"]
     for folder in (ours, *(at / name for name in names)):
         folder.mkdir(parents=True)
-        (folder / "connect4").touch()
+        (folder / "reverse").touch()
     remove_pins(4, but=ours)
     assert sorted(p.name for p in at.iterdir()) == sorted([ours.name, *names[1:]])
     remove_pins(4)
