@@ -176,12 +176,12 @@ class Node:
                 ip, port, local_addr=(source, 0) if source else None
             )
 
-    async def ask_udp(self, ip, port, *, source=None, say=b"?", sock=None):
+    async def ask_udp(self, ip, port, *, source=None, say=b"?", sock=None, seconds=SILENCE):
         """Send a datagram from a connected socket; return the answer."""
         loop = asyncio.get_running_loop()
         own = sock or udp_client(ip, port, source)
         try:
-            async with asyncio.timeout(SILENCE):
+            async with asyncio.timeout(seconds):
                 await loop.sock_sendall(own, say)
                 return await loop.sock_recv(own, 2048)
         finally:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import resource
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -63,8 +63,8 @@ async def test_datagrams_of_every_size_pass_whole(family):
 
 async def test_a_thousand_udp_clients_have_flows_that_end_with_their_silence(monkeypatch):
     monkeypatch.setattr(_udp, "SWEEP_SECONDS", 0.1)
-    idle = Config(conntrack=Conntrack(udp_timeout_seconds=0.5, udp_stream_timeout_seconds=9.0))
-    with Datagrams(4) as backend:
+    idle = Config(conntrack=Conntrack(udp_timeout_seconds=1.5, udp_stream_timeout_seconds=9.0))
+    with Datagrams(4) as backend, ExitStack() as clients:
         async with proxied(4, idle) as node:
             await node.service("dns", 1, port=53, proto="UDP")
             await node.endpoints("dns", backend.address, proto="UDP")
@@ -74,15 +74,13 @@ async def test_a_thousand_udp_clients_have_flows_that_end_with_their_silence(mon
             files = open_files()
 
             async def trial(_number):
-                client = udp_client(node.vip(1), 53)
-                clients.append(client)
-                return None if await node.ask_udp("", 0, sock=client) == b"?" else "wrong"
+                client = clients.enter_context(udp_client(node.vip(1), 53))
+                answer = await node.ask_udp("", 0, sock=client, seconds=5)
+                return None if answer == b"?" else "wrong"
 
-            clients = []
             assert await repeated(trial, times=1000) == set()
             assert relay.open_count > 500
-            for client in clients:
-                client.close()
+            clients.close()
             assert await becomes(0, lambda: relay.open_count) == 0
             assert open_files() == files
             assert connection_counts(node) == [{}]
