@@ -13,6 +13,7 @@ from pyproxy.ip import canonical_ip, parse_network
 from pyproxy.kube import wire
 from pyproxy.kube.annotations import (
     AnnotationError,
+    clipped,
     parse_balancer_traffic,
     parse_elb_pass_through,
     parse_scheduler,
@@ -133,7 +134,7 @@ def _cluster_ips(spec: wire.ServiceSpec, warnings: list[str]) -> tuple[str | Non
         ip = canonical_ip(text)
         declared = spec.ip_families[index : index + 1] if spec.ip_families else None
         if ip is None:
-            warnings.append(f'spec.clusterIPs[{index}]: "{text}" is not an address')
+            warnings.append(f'spec.clusterIPs[{index}]: "{clipped(text)}" is not an address')
         elif declared is None or declared == [f"IPv{family_of(ip)}"]:
             ips.setdefault(family_of(ip), ip)
         else:
@@ -153,7 +154,7 @@ def _addresses(field: str, texts: Iterable[str], warnings: list[str]) -> tuple[s
         if ip is not None:
             ips[ip] = None
         elif text.strip():
-            warnings.append(f'{field}: "{text}" is not an address; it is ignored')
+            warnings.append(f'{field}: "{clipped(text)}" is not an address; it is ignored')
     return tuple(ips)
 
 
@@ -179,7 +180,7 @@ def _source_ranges(texts: Iterable[str], warnings: list[str]) -> tuple[Network, 
         network = parse_network(text)
         if network is None:
             warnings.append(
-                f'spec.loadBalancerSourceRanges: "{text}" is not a range; it is ignored'
+                f'spec.loadBalancerSourceRanges: "{clipped(text)}" is not a range; it is ignored'
             )
         else:
             networks[network] = None
@@ -245,7 +246,9 @@ def _endpoints_by_port(
         text = endpoint.addresses[0] if endpoint.addresses else ""
         ip = canonical_ip(text)
         if ip is None or family_of(ip) != family:
-            trouble = f'"{text}" is not an IPv{family} address' if text else "there is none"
+            trouble = (
+                f'"{clipped(text)}" is not an IPv{family} address' if text else "there is none"
+            )
             warnings.append(f"endpoints[{index}].addresses: {trouble}; the endpoint is ignored")
         else:
             said = _what_it_says(endpoint)
