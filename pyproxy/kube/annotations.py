@@ -49,7 +49,8 @@ def parse_scheduler(text: str) -> Scheduler | None:
     if not name:
         return None
     raise AnnotationError(
-        f'annotation {SCHEDULER}: "{clipped(name)}" is not one of {", ".join(SCHEDULERS)}; it is ignored'
+        f'annotation {SCHEDULER}: "{clipped(name)}" is not one of {", ".join(SCHEDULERS)}; '
+        "it is ignored"
     )
 
 
@@ -76,8 +77,8 @@ def parse_elb_pass_through(text: str) -> BalancerTraffic | None:
             return None
         case other:
             raise AnnotationError(
-                f'annotation {ELB_PASS_THROUGH}: "{clipped(other)}" is not true, false or onlyLocal; '
-                "it is ignored"
+                f'annotation {ELB_PASS_THROUGH}: "{clipped(other)}" is not true, false '
+                "or onlyLocal; it is ignored"
             )
 
 
@@ -116,7 +117,8 @@ def _weight_rule(part: str) -> WeightRule:
 
 def _refuse_weights(part: str, expected: str) -> NoReturn:
     raise AnnotationError(
-        f'annotation {WEIGHTS}: "{clipped(part)}" is not {expected}; the whole annotation is ignored'
+        f'annotation {WEIGHTS}: "{clipped(part)}" is not {expected}; '
+        "the whole annotation is ignored"
     )
 
 

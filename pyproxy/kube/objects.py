@@ -44,6 +44,7 @@ MAX_AFFINITY_SECONDS: Final = 86400
 DELETION_TAINT: Final = "ToBeDeletedByClusterAutoscaler"
 
 _NO_ANNOTATIONS: Final = wire.ServiceAnnotations()
+_NOBODYS: Final = ("0.0.0.0", "::")
 _FAMILY_BY_NAME: Final[dict[str, Family]] = {"IPv4": 4, "IPv6": 6}
 
 
@@ -85,6 +86,15 @@ def _why_not_our_slice(labels: wire.SliceLabels | None, address_type: str) -> st
     if address_type not in _FAMILY_BY_NAME:
         return f'its addressType is "{address_type}"'
     return None
+
+
+def _address(text: str) -> str | None:
+    """Return the address that ``text`` means; None if it is none, such as that of nobody.
+
+    To listen at 0.0.0.0 is to listen everywhere, and who connects to it reaches itself.
+    """
+    ip = canonical_ip(text)
+    return ip if ip not in _NOBODYS else None
 
 
 # --- Service ------------------------------------------------------------------------------------
@@ -131,7 +141,7 @@ def _cluster_ips(spec: wire.ServiceSpec, warnings: list[str]) -> tuple[str | Non
     texts = [spec.cluster_ip] if not spec.ip_families else spec.cluster_ips or []
     ips: dict[Family, str] = {}
     for index, text in enumerate(texts):
-        ip = canonical_ip(text)
+        ip = _address(text)
         declared = spec.ip_families[index : index + 1] if spec.ip_families else None
         if ip is None:
             warnings.append(f'spec.clusterIPs[{index}]: "{clipped(text)}" is not an address')
@@ -150,7 +160,7 @@ def _addresses(field: str, texts: Iterable[str], warnings: list[str]) -> tuple[s
     """Return the addresses, each once. Blank text is passed over: the API has always let it in."""
     ips: dict[str, None] = {}
     for text in texts:
-        ip = canonical_ip(text.strip())
+        ip = _address(text.strip())
         if ip is not None:
             ips[ip] = None
         elif text.strip():
@@ -244,7 +254,7 @@ def _endpoints_by_port(
     for index, endpoint in enumerate(obj.endpoints or ()):
         # The API defines further addresses of an endpoint as without meaning.
         text = endpoint.addresses[0] if endpoint.addresses else ""
-        ip = canonical_ip(text)
+        ip = _address(text)
         if ip is None or family_of(ip) != family:
             trouble = (
                 f'"{clipped(text)}" is not an IPv{family} address' if text else "there is none"
