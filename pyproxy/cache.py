@@ -22,6 +22,8 @@ from pyproxy.services import service_ports
 
 Owners = set[ServicePortName]
 
+VERSION_DIGITS = 20  # of the greatest number of 64 bits; to us, a longer version is only text
+
 
 class Cache:
     """Services and EndpointSlices of one family.
@@ -188,7 +190,8 @@ class Cache:
 
     def _note_version(self, kind: Kind, version: str) -> None:
         """Kubernetes 1.35 on: versions of one kind are whole numbers, in order (KEP-5504)."""
-        if version.isdecimal() and (number := int(version)) > self.versions.get(kind, 0):
+        is_number = version.isdecimal() and len(version) <= VERSION_DIGITS
+        if is_number and (number := int(version)) > self.versions.get(kind, 0):
             self.versions[kind] = number
 
     def _names(self, kind: Kind) -> tuple[ObjectName, ...]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -34,13 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = words.pop(0) if words and not words[0].startswith("-") else "run"
     try:
-        return carried_out(command, words)
+        code = carried_out(command, words)
+        sys.stdout.flush()
+        return code
     except (commands.CommandError, SettingsError) as error:
         return fail(*error.args)
     except ConfigError as error:
         return fail(f"{error} (pyproxy --help lists all flags)")
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads has enough: head, or a pager
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to come
+        return 141
 
 
 def carried_out(command: str, words: list[str]) -> int:

@@ -12,7 +12,8 @@ from pyproxy.model import Network
 
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _is_plain_ipv4 = re.compile(rf"(?:{_OCTET}\.){{3}}{_OCTET}", re.ASCII).fullmatch
-_is_number = re.compile(r"\d+", re.ASCII).fullmatch
+# As many leading zeros as anybody likes. Python refuses to read a number of 5,000 digits.
+_significant = re.compile(r"0*(\d{1,3})", re.ASCII).fullmatch
 
 
 def canonical_ip(text: str) -> str | None:
@@ -28,10 +29,8 @@ def canonical_ip(text: str) -> str | None:
 def parse_network(text: str) -> Network | None:
     """Return the range that ``text`` means, host bits cleared, or None if it is not a range."""
     ip_text, _, prefix_text = text.strip().partition("/")
-    ip = canonical_ip(ip_text)
-    if ip is None or not _is_number(prefix_text):
-        return None
-    return _network(ip, int(prefix_text))
+    ip, prefix = canonical_ip(ip_text), _significant(prefix_text)
+    return _network(ip, int(prefix[1])) if ip is not None and prefix is not None else None
 
 
 def is_loopback(ip: str) -> bool:
@@ -44,11 +43,9 @@ def is_loopback(ip: str) -> bool:
 def _canonical_unusual_ip(text: str) -> str | None:
     if ":" in text:
         return _canonical_ipv6(text)
-    octets = text.split(".")
-    if len(octets) != 4 or not all(map(_is_number, octets)):
-        return None
-    numbers = [int(octet) for octet in octets]
-    return ".".join(map(str, numbers)) if max(numbers) <= 255 else None
+    octets = [octet and int(octet[1]) for octet in map(_significant, text.split("."))]
+    numbers = [number for number in octets if number is not None and number <= 255]
+    return ".".join(map(str, numbers)) if len(octets) == len(numbers) == 4 else None
 
 
 def _canonical_ipv6(text: str) -> str | None:

@@ -1,6 +1,7 @@
 """One family's way from changes to its proxier: cache, planner, runner."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from pyproxy.progress import Progress
 from pyproxy.reconcile import Clock, Proxier
 from pyproxy.report import SyncReport
 from pyproxy.runner import Pace, Runner
+
+log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -42,7 +45,7 @@ class Lane:
         self.progress = Progress()
         self.cache = cache
         self._planner = Planner()
-        self._runner = Runner(pace, self._sync, clock.monotonic)
+        self._runner = Runner(pace, self._contained, clock.monotonic)
         self._observer = observer
         self._on_success = on_success
         self._pending: Owners = set()
@@ -95,6 +98,23 @@ class Lane:
         if self._proxier is not None:
             self._observer.requested(self.family)
             self._runner.request()
+
+    async def _contained(self, full: bool) -> bool:
+        """Sync. A mistake of ours in it is told and tried again, in full: it ends no process.
+
+        What is written carries traffic meanwhile, in mode userspace only as long as we live; and
+        an object that one mode cannot take must not end all the others.
+        """
+        due = set(self._pending)
+        try:
+            return await self._sync(full)
+        except Exception as error:
+            log.exception("sync crashed", extra={"family": f"IPv{self.family}"})
+            self.progress.error = f"{type(error).__name__}: {error}"
+            self._pending |= due
+            assert self._proxier is not None, "start comes first"
+            self._proxier.distrust()
+            return False
 
     async def _sync(self, full: bool) -> bool:
         """Plan what changed and write it; say whether nothing is left to be tried again."""

@@ -166,13 +166,13 @@ class Metrics:
         """A sync was requested, or the family's loop begins."""
         self.put(f"{SYNC}_last_queued_timestamp_seconds", now, f"IPv{family}")
 
-    def service_change(self, family: Family) -> None:
+    def service_change(self, family: Family, events: int = 1) -> None:
         if family in self._families:
-            self.count(f"{SYNC}_service_changes_total")
+            self.count(f"{SYNC}_service_changes_total", by=events)
 
-    def endpoint_change(self, family: Family) -> None:
+    def endpoint_change(self, family: Family, events: int = 1) -> None:
         if family in self._families:
-            self.count(f"{SYNC}_endpoint_changes_total")
+            self.count(f"{SYNC}_endpoint_changes_total", by=events)
 
     def pending(self, service_changes: int, endpoint_changes: int) -> None:
         self.put(f"{SYNC}_service_changes_pending", service_changes)

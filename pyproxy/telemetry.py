@@ -85,11 +85,12 @@ class Telemetry:
 
     def counted(self, change: Change, family: Family, *, concerned: bool) -> None:
         """Count a change; if it ``concerned`` a Service port, it waits for the next sync."""
+        events = events_of(change, family, concerned=concerned)
         if change.kind == "Service":
-            self._metrics.service_change(family)
+            self._metrics.service_change(family, events)
             self._pending_services += concerned
         elif change.kind == "EndpointSlice":
-            self._metrics.endpoint_change(family)
+            self._metrics.endpoint_change(family, events)
             self._pending_endpoints += concerned
         self._metrics.pending(self._pending_services, self._pending_endpoints)
 
@@ -140,3 +141,21 @@ class Telemetry:
             log.warning(event, extra={"count": len(new), "which": "; ".join(new[:SHOWN])})
         if before - now:
             log.info("over", extra={"trouble": event, "count": len(before - now)})
+
+
+def events_of(change: Change, family: Family, *, concerned: bool) -> int:
+    """Return how many events a change is to a family: a list is one for each object.
+
+    A slice is of one family. Of one that is gone only the name is known, and whom it concerned.
+    """
+    match change:
+        case Upsert(obj=obj):
+            return int(_is_of(obj, family))
+        case Replace(objects=objects):
+            return sum(_is_of(obj, family) for obj in objects)
+        case Remove(kind=kind):
+            return int(concerned or kind != "EndpointSlice")
+
+
+def _is_of(obj: ApiObject, family: Family) -> bool:
+    return not isinstance(obj, EndpointSlice) or obj.family == family

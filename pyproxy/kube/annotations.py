@@ -20,6 +20,7 @@ ELB_PASS_THROUGH: Final = "kubernetes.io/elb.pass-through"
 TRIGGER_TIME: Final = "endpoints.kubernetes.io/last-change-trigger-time"
 
 MAX_WEIGHT: Final = 65535  # what IPVS keeps
+LONGEST_SHOWN: Final = 60  # of what somebody wrote, in a message
 
 _rule = re.compile(r"(ip|pod|node|zone)/(\S+)=(\d{1,5})", re.ASCII).fullmatch
 _timestamp = re.compile(
@@ -48,7 +49,8 @@ def parse_scheduler(text: str) -> Scheduler | None:
     if not name:
         return None
     raise AnnotationError(
-        f'annotation {SCHEDULER}: "{name}" is not one of {", ".join(SCHEDULERS)}; it is ignored'
+        f'annotation {SCHEDULER}: "{clipped(name)}" is not one of {", ".join(SCHEDULERS)}; '
+        "it is ignored"
     )
 
 
@@ -59,7 +61,7 @@ def parse_balancer_traffic(text: str) -> BalancerTraffic | None:
     if not name:
         return None
     raise AnnotationError(
-        f'annotation {BALANCER_TRAFFIC_NAME}: "{name}" is not one of '
+        f'annotation {BALANCER_TRAFFIC_NAME}: "{clipped(name)}" is not one of '
         f"{', '.join(BALANCER_TRAFFIC)}; it is ignored"
     )
 
@@ -75,8 +77,8 @@ def parse_elb_pass_through(text: str) -> BalancerTraffic | None:
             return None
         case other:
             raise AnnotationError(
-                f'annotation {ELB_PASS_THROUGH}: "{other}" is not true, false or onlyLocal; '
-                "it is ignored"
+                f'annotation {ELB_PASS_THROUGH}: "{clipped(other)}" is not true, false '
+                "or onlyLocal; it is ignored"
             )
 
 
@@ -95,6 +97,11 @@ def parse_trigger_time(text: str) -> float:
     return (moment - _EPOCH) / timedelta(seconds=1) + microseconds / 1e6
 
 
+def clipped(text: str) -> str:
+    """Return the beginning of a text, with a mark where it goes on."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
 def _weight_rule(part: str) -> WeightRule:
     match = _rule(part)
     weight = int(match[3]) if match else 0
@@ -110,11 +117,12 @@ def _weight_rule(part: str) -> WeightRule:
 
 def _refuse_weights(part: str, expected: str) -> NoReturn:
     raise AnnotationError(
-        f'annotation {WEIGHTS}: "{part}" is not {expected}; the whole annotation is ignored'
+        f'annotation {WEIGHTS}: "{clipped(part)}" is not {expected}; '
+        "the whole annotation is ignored"
     )
 
 
 def _refuse_time(text: str) -> NoReturn:
     raise AnnotationError(
-        f'annotation {TRIGGER_TIME}: "{text}" is not an RFC 3339 time; it is ignored'
+        f'annotation {TRIGGER_TIME}: "{clipped(text)}" is not an RFC 3339 time; it is ignored'
     )

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from pyproxy.kube import wire
+from pyproxy.kube.annotations import clipped
 from pyproxy.kube.events import (
     Bookmark,
     Changed,
@@ -198,8 +199,7 @@ def _complaint(text: str, path: str, value: object) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
-    text = msgspec.json.encode(value).decode()
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return clipped(msgspec.json.encode(value).decode())
 
 
 def _at(value: object, steps: list[str]) -> object:

@@ -13,6 +13,7 @@ from pyproxy.ip import canonical_ip, parse_network
 from pyproxy.kube import wire
 from pyproxy.kube.annotations import (
     AnnotationError,
+    clipped,
     parse_balancer_traffic,
     parse_elb_pass_through,
     parse_scheduler,
@@ -43,6 +44,7 @@ MAX_AFFINITY_SECONDS: Final = 86400
 DELETION_TAINT: Final = "ToBeDeletedByClusterAutoscaler"
 
 _NO_ANNOTATIONS: Final = wire.ServiceAnnotations()
+_NOBODYS: Final = ("0.0.0.0", "::")
 _FAMILY_BY_NAME: Final[dict[str, Family]] = {"IPv4": 4, "IPv6": 6}
 
 
@@ -84,6 +86,15 @@ def _why_not_our_slice(labels: wire.SliceLabels | None, address_type: str) -> st
     if address_type not in _FAMILY_BY_NAME:
         return f'its addressType is "{address_type}"'
     return None
+
+
+def _address(text: str) -> str | None:
+    """Return the address that ``text`` means; None if it is none, such as that of nobody.
+
+    To listen at 0.0.0.0 is to listen everywhere, and who connects to it reaches itself.
+    """
+    ip = canonical_ip(text)
+    return ip if ip not in _NOBODYS else None
 
 
 # --- Service ------------------------------------------------------------------------------------
@@ -130,10 +141,10 @@ def _cluster_ips(spec: wire.ServiceSpec, warnings: list[str]) -> tuple[str | Non
     texts = [spec.cluster_ip] if not spec.ip_families else spec.cluster_ips or []
     ips: dict[Family, str] = {}
     for index, text in enumerate(texts):
-        ip = canonical_ip(text)
+        ip = _address(text)
         declared = spec.ip_families[index : index + 1] if spec.ip_families else None
         if ip is None:
-            warnings.append(f'spec.clusterIPs[{index}]: "{text}" is not an address')
+            warnings.append(f'spec.clusterIPs[{index}]: "{clipped(text)}" is not an address')
         elif declared is None or declared == [f"IPv{family_of(ip)}"]:
             ips.setdefault(family_of(ip), ip)
         else:
@@ -149,11 +160,11 @@ def _addresses(field: str, texts: Iterable[str], warnings: list[str]) -> tuple[s
     """Return the addresses, each once. Blank text is passed over: the API has always let it in."""
     ips: dict[str, None] = {}
     for text in texts:
-        ip = canonical_ip(text.strip())
+        ip = _address(text.strip())
         if ip is not None:
             ips[ip] = None
         elif text.strip():
-            warnings.append(f'{field}: "{text}" is not an address; it is ignored')
+            warnings.append(f'{field}: "{clipped(text)}" is not an address; it is ignored')
     return tuple(ips)
 
 
@@ -179,7 +190,7 @@ def _source_ranges(texts: Iterable[str], warnings: list[str]) -> tuple[Network, 
         network = parse_network(text)
         if network is None:
             warnings.append(
-                f'spec.loadBalancerSourceRanges: "{text}" is not a range; it is ignored'
+                f'spec.loadBalancerSourceRanges: "{clipped(text)}" is not a range; it is ignored'
             )
         else:
             networks[network] = None
@@ -243,9 +254,11 @@ def _endpoints_by_port(
     for index, endpoint in enumerate(obj.endpoints or ()):
         # The API defines further addresses of an endpoint as without meaning.
         text = endpoint.addresses[0] if endpoint.addresses else ""
-        ip = canonical_ip(text)
+        ip = _address(text)
         if ip is None or family_of(ip) != family:
-            trouble = f'"{text}" is not an IPv{family} address' if text else "there is none"
+            trouble = (
+                f'"{clipped(text)}" is not an IPv{family} address' if text else "there is none"
+            )
             warnings.append(f"endpoints[{index}].addresses: {trouble}; the endpoint is ignored")
         else:
             said = _what_it_says(endpoint)

@@ -33,6 +33,7 @@ SILENT_LIST_SECONDS: Final = 10.0  # a list left open for so long without its en
 ABSENT_SECONDS: Final = 600.0
 FIRST_WAIT_SECONDS: Final = 0.2
 LONGEST_WAIT_SECONDS: Final = 10.0
+LONGEST_ASKED_SECONDS: Final = 60.0  # that a server may send us away for, whatever it says
 MAX_CUT_LISTS: Final = 3  # then a streamed list is too much for what lies in between
 MAX_FRUITLESS_RESUMES: Final = 3
 
@@ -142,7 +143,7 @@ class WatchMachine:
             return self._spread(ABSENT_SECONDS)
         if self._answer.has_page:
             return 0.0
-        return max(self._back_off(), retry_after_seconds)
+        return max(self._back_off(), min(retry_after_seconds, LONGEST_ASKED_SECONDS))
 
     # --- events -----------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ class Lookup:
         self._drop_list(frontend)
 
     def stand(self, ip: str, standing: Standing) -> None:
-        """Say what an address is, the empty one being all others, with the next ``commit``."""
+        """Say what an address is, with the next ``commit``."""
         self._pending[address_key(ip, self._family)] = packed_standing(standing)
 
     def fall(self, ip: str) -> None:
@@ -121,7 +121,11 @@ class Lookup:
         self._unused.clear()
 
     def surround(self, around: Surroundings, node_port_ips: Sequence[str] | None) -> None:
-        """Take in where connections come from, and at which addresses node ports are served."""
+        """Take in where connections come from, and at which addresses node ports are served.
+
+        Where they are served everywhere, that is still each address of the node by name: rules of
+        nf_tables look for sockets of packets that only pass through, and the program is asked then.
+        """
         wanted = {
             network_key(network): NUMBER.pack(ORIGINS[origin])
             for network, origin in origins(around, self._family).items()
@@ -130,7 +134,7 @@ class Lookup:
             self._networks[key] = value
         self._networks.discard(self._origins - wanted.keys())
         self._origins = set(wanted)
-        ips = node_port_ips if node_port_ips is not None else ("",)
+        ips = node_port_ips if node_port_ips is not None else around.node_ips
         keys = {address_key(ip, self._family) for ip in ips}
         self._pending |= dict.fromkeys(keys, packed_standing("node ports"))
         for key in self._node_port_keys - keys:

@@ -112,7 +112,7 @@ def flush_chain(table: Table, name: str) -> bytes:
 
 
 def new_rule(table: Table, rule: Rule) -> bytes:
-    """Append a rule to its chain: one message for it, and two for each map of its own."""
+    """Append a rule to its chain: one message for it, and several for each map of its own."""
     before, expressions = b"", b""
     for statement in rule.statements:
         map_id = 0
@@ -150,10 +150,10 @@ def _anonymous_map(table: Table, statement: PickVerdict, map_id: int) -> bytes:
     body += attribute(6, u32(VERDICT_TYPE)) + attribute(7, u32(VERDICT_LENGTH))
     body += attribute(9, attribute(1, u32(len(choices))))
     body += attribute(13, _note(0, host32(HOST_ORDER)) + _note(1, host32(MIXED_ORDER)))
-    packed = b"".join(map(_packed_element, choices))
     head = string(1, table.name) + string(2, "__map%d") + attribute(4, u32(map_id))
-    return _request(NEWSET, table, body, NLM_F_CREATE) + _request(
-        NEWSETELEM, table, head + attribute(3, packed), NLM_F_CREATE
+    chunks = _chunks([_packed_element(choice) for choice in choices])
+    return _request(NEWSET, table, body, NLM_F_CREATE) + b"".join(
+        _request(NEWSETELEM, table, head + attribute(3, chunk), NLM_F_CREATE) for chunk in chunks
     )
 
 

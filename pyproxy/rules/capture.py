@@ -131,7 +131,7 @@ def frontend_key(frontend: Frontend, family: Family) -> bytes:
 
 
 def address_key(ip: str, family: Family) -> bytes:
-    """Return the key of what an address is: no frontend has port 0. Empty means any address."""
+    """Return the key of what an address is: no frontend has port 0."""
     return packed_address(ip, family) + bytes(PORT_AND_PROTOCOL.size)
 
 

@@ -60,14 +60,11 @@ def find_entry(asm: Assembler, family: Family, maps: Maps) -> None:
     asm.store(FP, port, 0, 4)
     asm.store(FP, port + 4, 0, 4)
     look_up(asm, maps.entries, KEY)
-    asm.jump_if(R0, "!=", 0, "standing")
-    any_address(asm, words)
-    look_up(asm, maps.entries, KEY)
     asm.jump_if(R0, "==", 0, "pass")
-    asm.label("standing")
     asm.load(R3, R0, 0, 1)
     asm.jump_if(R3, "==", STANDINGS["silent"], "silent")
-    any_address(asm, words)
+    for word in range(words):  # node ports are kept without an address
+        asm.store(FP, KEY + 4 * word, 0, 4)
     copy(asm, port, [LOCAL_PORT, PROTOCOL])
     look_up(asm, maps.entries, KEY)
     asm.jump_if(R0, "==", 0, "pass")
@@ -137,11 +134,6 @@ def copy(asm: Assembler, to: int, fields: list[int]) -> None:
     for index, field in enumerate(fields):
         asm.load(R3, R6, field, 4)
         asm.store(FP, to + 4 * index, R3, 4)
-
-
-def any_address(asm: Assembler, words: int) -> None:
-    for word in range(words):
-        asm.store(FP, KEY + 4 * word, 0, 4)
 
 
 def look_up(asm: Assembler, map_fd: int, key: int) -> None:

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 
 @asynccontextmanager
-async def started(*arguments):
+async def started(*arguments, output=asyncio.subprocess.PIPE):
     """The command while it runs; it is killed if a test leaves it behind."""
     foreign = {"KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"}
     process = await asyncio.create_subprocess_exec(
@@ -40,7 +40,7 @@ async def started(*arguments):
         "pyproxy",
         *map(str, arguments),
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
+        stdout=output,
         stderr=asyncio.subprocess.PIPE,
         env={name: value for name, value in os.environ.items() if name not in foreign},
     )
@@ -300,3 +300,14 @@ async def test_a_signal_ends_it_in_peace(number):
         outcome = await ended(process)
     assert outcome.code == 0
     assert '"stopping"' in outcome.errors.splitlines()[-1]
+
+
+async def test_who_reads_may_have_enough():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        async with started("--help", output=writer) as process:
+            _, errors = await process.communicate()
+    finally:
+        os.close(writer)
+    assert (process.returncode, errors) == (141, b"")

@@ -191,6 +191,7 @@ def packets(cluster):
         *((ip, "TCP", 81) for ip in cluster_ips(cluster.ports)),
         (place.services.format(99), "TCP", 80),
         (NOWHERE[family], "UDP", 80),
+        *((NOWHERE[family], f.proto, f.port) for f in frontends if not f.ip),
         (place.node, "TCP", 22),
     }  # fmt: skip
     for target in sorted(targets):

@@ -29,6 +29,7 @@ from pyproxy.rules.nft import (
     Masquerade,
     MatchProto,
     MatchSet,
+    Pick,
     PickVerdict,
     Reject,
     Rule,
@@ -184,6 +185,17 @@ def test_a_rule_with_other_verdicts_in_its_own_map_differs(rules, tables):
     forms = [found.form for found in tables.rules(rules.table)]
     assert rule_form(rules.table, rule) in forms
     assert rule_form(rules.table, other) not in forms
+
+
+def test_a_map_of_a_rule_may_be_longer_than_a_message(tables):
+    """An attribute has at most 64 KiB: about 1,500 endpoints of a Service with affinity."""
+    targets = tuple(f"endpoint-{number:05}" for number in range(4000))
+    pick = PickVerdict(Pick("random", 4000), tuple(Verdict("goto", name) for name in targets))
+    rule = Rule("service", (pick,))
+    chains = [new_chain(TABLE, Chain(name)) for name in (*targets, rule.chain)]
+    tables.commit([new_table(TABLE), *chains, new_rule(TABLE, rule)])
+    [found] = tables.rules(TABLE)
+    assert found.form == rule_form(TABLE, rule)
 
 
 def test_a_table_that_does_not_exist_has_nothing(tables):

@@ -161,6 +161,21 @@ async def test_a_pod_that_reaches_itself_sees_the_node(family, proto, machines):
         assert "timed out" not in seen
 
 
+@both
+@pytest.mark.parametrize("proto", ["TCP", "UDP"])
+async def test_what_passes_through_to_the_number_of_a_node_port_is_left_alone(
+    family, proto, machines
+):
+    outside, pod = machines
+    words = outside.command(sys.executable, "-c", WHO, OUTSIDE[family], "30080")
+    async with served(family, proto) as (node, _vip):
+        await node.service("ports", 2, proto=proto, type="NodePort", node_port=30080)
+        await node.endpoints("ports", Address(POD[family], PORT), proto=proto)
+        with started(words):
+            seen = await pod.asks(OUTSIDE[family], 30080, kind=proto, count=TRIALS)
+        assert seen == {POD[family]: TRIALS}
+
+
 async def test_nothing_is_left_of_it_when_the_mode_is_cleared():
     async with proxied(4):
         assert rules_there() == (True, True)

@@ -10,6 +10,7 @@ from ipaddress import ip_network
 import pytest
 
 from pyproxy.config import Config, IPTables
+from pyproxy.host import Host
 from pyproxy.model import Address
 from pyproxy.proxier import userspace
 from pyproxy.proxier._capture import WAYS
@@ -199,7 +200,7 @@ async def test_source_ranges_leave_others_without_an_answer(family, proto):
 @both
 @pytest.mark.parametrize("proto", ["TCP", "UDP"])
 async def test_a_node_port_answers_on_every_address_and_from_it(family, proto):
-    async with Backend(family, "a") as a, proxied(family) as node:
+    async with Backend(family, "a") as a, proxied(family, host=Host()) as node:
         ask = node.ask if proto == "TCP" else node.ask_udp
         await node.service("web", 1, proto=proto, node_port=30080)
         await node.endpoints("web", a.address, proto=proto)

@@ -126,7 +126,8 @@ class Captured(Listeners):
                 self.maps.entries[address_key(frontend.ip, family)] = packed_standing("silent")
         for network, origin in origins(self.around, family).items():
             self.maps.networks[network_key(network)] = NUMBER.pack(ORIGINS[origin])
-        for ip in world.node_port_ips if world.node_port_ips is not None else ("",):
+        own = world.node_ips | {str(LOOPBACK[family][1 if family == 4 else 0])}
+        for ip in world.node_port_ips if world.node_port_ips is not None else own:
             self.maps.entries[address_key(ip, family)] = packed_standing("node ports")
         for index in range(SERVING_UDP + 1):
             self.maps.sockets[NUMBER.pack(index)] = index

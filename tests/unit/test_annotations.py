@@ -47,6 +47,12 @@ def test_weights_are_rules_in_order(text, rules):
         pytest.param("pod/=1", "pod/=1", "SELECTOR", id="selects nothing"),
         pytest.param("pod/a=1,", "", "SELECTOR", id="a part is missing"),
         pytest.param("ip/10.0.0=1", "ip/10.0.0=1", "ip/ADDRESS", id="not an address"),
+        pytest.param(
+            "ip/10.0.0." + "9" * 5000 + "=1",
+            "ip/10.0.0." + "9" * 50 + "...",
+            "ip/ADDRESS",
+            id="beyond all reason",
+        ),
     ],
 )
 def test_one_wrong_part_voids_all_weights(text, part, expected):

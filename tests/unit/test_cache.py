@@ -146,6 +146,7 @@ def test_services_are_kept_for_those_who_ask_whether_they_are_served_or_not():
     put(cache, service("web", resource_version="7"), "Service")
     put(cache, service("headless", None, resource_version="9"), "Service")
     put(cache, endpoint_slice("s", endpoint(1), resource_version="x3"))
+    put(cache, endpoint_slice("s", endpoint(1), resource_version="3" * 5000))
     assert {str(name) for name in cache.services()} == {"default/web", "default/headless"}
     assert cache.ports(owner("headless").service_name) == ()
     assert [part.name.name for part in cache.slices(owner("web").service_name)] == ["s"]

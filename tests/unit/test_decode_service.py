@@ -100,6 +100,7 @@ def test_the_cluster_ip_of_each_family(spec, ips):
     ("clusterips", "warning"),
     [
         pytest.param(["10.96.0"], 'spec.clusterIPs[0]: "10.96.0" is not an address', id="no IP"),
+        pytest.param(["0.0.0.0"], 'spec.clusterIPs[0]: "0.0.0.0" is not an address', id="nobody's"),
         pytest.param(
             ["fd00::1"],
             "spec.clusterIPs[0]: fd00::1 is not of the family in ipFamilies",
@@ -114,10 +115,13 @@ def test_a_bad_cluster_ip_is_none_and_a_warning(clusterips, warning):
 
 
 def test_external_ips_are_valid_and_canonical_and_each_there_once():
-    decoded = service(externalIPs=["", " ", "1.2.3.004", "1.2.3.4", "FD00::2", "host.example"])
+    decoded = service(
+        externalIPs=["", " ", "1.2.3.004", "1.2.3.4", "FD00::2", "host.example", "::"]
+    )
     assert decoded.external_ips == ("1.2.3.4", "fd00::2")
     assert decoded.warnings == (
         'spec.externalIPs: "host.example" is not an address; it is ignored',
+        'spec.externalIPs: "::" is not an address; it is ignored',
     )
 
 

@@ -143,6 +143,7 @@ def test_only_the_first_address_of_an_endpoint_counts():
         pytest.param([], "there is none", id="none"),
         pytest.param(None, "there is none", id="null"),
         pytest.param(["x"], '"x" is not an IPv4 address', id="not an address"),
+        pytest.param(["0.0.0.0"], '"0.0.0.0" is not an IPv4 address', id="of nobody"),
         pytest.param(["fd00::1"], '"fd00::1" is not an IPv4 address', id="of the other family"),
     ],
 )

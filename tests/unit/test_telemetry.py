@@ -97,6 +97,7 @@ def test_a_request_that_waits_too_long_is_unhealthy_until_a_sync_succeeds(observ
         pytest.param(Upsert("Service", service()), (1, 0), id="Service"),
         pytest.param(Remove("Service", WEB), (1, 0), id="Service removed"),
         pytest.param(Upsert("EndpointSlice", endpoint_slice("web-1")), (0, 1), id="EndpointSlice"),
+        pytest.param(Remove("EndpointSlice", WEB), (0, 1), id="EndpointSlice removed"),
         pytest.param(Replace("Node", ()), (0, 0), id="Node"),
         pytest.param(Replace("ServiceCIDR", ()), (0, 0), id="ServiceCIDR"),
     ],
@@ -115,6 +116,28 @@ def test_changes_of_services_and_slices_are_counted_and_wait_for_a_sync(observed
     assert tuple(observed.samples(name)[name] for name in waiting) == counts
     observed.synced()
     assert tuple(observed.samples(name)[name] for name in waiting) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "totals"),
+    [
+        pytest.param(Upsert("EndpointSlice", endpoint_slice("s", family=6)), (0, 1), id="a slice"),
+        pytest.param(Upsert("Service", service()), (2, 0), id="a Service"),
+        pytest.param(
+            Replace("EndpointSlice", tuple(map(endpoint_slice, "abc"))), (0, 3), id="slices"
+        ),
+        pytest.param(Replace("Service", (service("a"), service("b"))), (4, 0), id="Services"),
+        pytest.param(Remove("EndpointSlice", WEB), (0, 0), id="a slice of nobody"),
+    ],
+)
+def test_a_slice_is_an_event_of_its_family_and_a_service_of_each(observed, change, totals):
+    for family in (4, 6):
+        observed.telemetry.counted(change, family, concerned=False)
+    names = (
+        "kubeproxy_sync_proxy_rules_service_changes_total",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_total",
+    )
+    assert tuple(observed.samples(name)[name] for name in names) == totals
 
 
 def test_a_change_that_concerns_nobody_does_not_wait(observed):

@@ -331,6 +331,7 @@ def test_a_server_that_lists_and_forgets_at_once_is_not_asked_in_a_hurry():
         pytest.param(0.0, 0.4, id="not told"),
         pytest.param(0.1, 0.4, id="sooner than we would"),
         pytest.param(17.0, 17.0, id="later than we would"),
+        pytest.param(1e9, 60.0, id="not for ever"),
     ],
 )
 def test_a_server_that_says_when_to_come_back_is_obeyed(retry_after, seconds):
