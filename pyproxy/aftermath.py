@@ -11,11 +11,14 @@ CLEANUP_SECONDS = 60.0
 async def cleaned_up_after_others(config: Config) -> str | None:
     """Remove what kube-proxy or another mode left, once ours works; return what went wrong.
 
+    Beside another proxy, only what another of our modes left.
     A process of its own, so that this one never imports a mode that it does not run.
     """
     words = [sys.executable, "-m", "pyproxy", "cleanup", f"--keep={config.mode}"]
     if config.ipvs.exclude_cidrs:
         words.append(f"--ipvs-exclude-cidrs={','.join(config.ipvs.exclude_cidrs)}")
+    if config.service_proxy_name:
+        words.append(f"--service-proxy-name={config.service_proxy_name}")
     try:
         async with asyncio.timeout(CLEANUP_SECONDS):
             process = await asyncio.create_subprocess_exec(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final
 
-from pyproxy.config import Config, gate
+from pyproxy.config import Config, gate, is_beside
 from pyproxy.control import LiveQuestion
 from pyproxy.counting import Counting
 from pyproxy.doctor.look import open_files
@@ -105,6 +105,7 @@ class Daemon:
             pod_cidrs=node.pod_cidrs if node is not None else (),
             service_cidrs=envs[0].service_cidrs() if envs else (),
             open_files=open_files(),
+            is_beside=is_beside(self._config),
         )
 
     async def _verify(self, query: Query) -> Verification:

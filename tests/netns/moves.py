@@ -32,6 +32,9 @@ CLIENTS6 = {
     "pod to cluster IP, IPv6": (SHELL.name, "fd00:10:96::12", 8080),
     "node to cluster IP, IPv6": (NODE, "fd00:10:96::12", 8080),
 }
+NAME = "canary"
+MOVING = "my-nginx"  # the Service of the cluster IP, as another proxy's name for it is CLUSTER
+NOBODY = ("nobody-home", "10.96.0.14", 80)  # a Service without endpoints
 BLOCK = (  # nobody but pods reaches the cluster IP that a probe from the node asks
     "table inet block { chain c { type filter hook output priority -150;"
     " ip daddr 10.96.0.12 drop; }; }"
@@ -163,7 +166,8 @@ class Scene:
         self.folder = Path(folder)
         manifests = self.folder / "manifests"
         manifests.mkdir()
-        Manifests(manifests, service_objects(ipv6=lab.ipv6), PODS)
+        self._services = service_objects(ipv6=lab.ipv6)
+        Manifests(manifests, self._services, PODS)
         self.manifests = manifests
 
     async def pods(self):
@@ -208,6 +212,29 @@ class Scene:
         async with asyncio.timeout(MOST_SECONDS):
             output, _ = await process.communicate()
         return Ended(process.returncode, output.decode())
+
+    def label(self, *names):
+        """Give the label of a proxy to these Services, and to no others."""
+        label = {"service.kubernetes.io/service-proxy-name": NAME}
+        services = [
+            {**s, "metadata": {**s["metadata"], "labels": label}}
+            if s["metadata"]["name"] in names else s
+            for s in self._services
+        ]  # fmt: skip
+        Manifests(self.manifests, services, PODS)
+
+    def serves(self, mode):
+        """Say whether our rules, by their mode, have the address of the Service that moves."""
+        commands = {
+            "nftables": ("nft", "list", "map", "ip", "pyproxy", "service-ips"),
+            "userspace": ("ip", "route", "show", "table", "local", "proto", "98"),
+        }
+        return CLIENTS["pod to cluster IP"][1] in self.on_node(*commands[mode])
+
+    async def until(self, is_so):
+        async with asyncio.timeout(MOST_SECONDS):
+            while not is_so():  # noqa: ASYNC110 - the kernel tells nobody
+                await asyncio.sleep(0.1)
 
     def rules(self):
         """Return what there is of each mode's rules on the node, by its names."""
@@ -308,6 +335,43 @@ async def left(scene, traffic, old, new):
     return ended
 
 
+async def beside(scene, traffic, old, new):
+    """A Service goes to a proxy with a name, beside the one that has the others, and back.
+
+    Nobody looks after kube-proxy's rules here: they go when ours are there, and come back a second
+    after the label has gone, which is how often it writes.
+    """
+    await begin(scene, old)
+    command = ("run", f"--service-proxy-name={NAME}")
+    async with traffic.flowing(), scene.proxy(new, command) as log:
+        await traffic.more()
+        scene.label(MOVING, NOBODY[0])
+        await scene.until(lambda: scene.serves(new))
+        scene.on_node(*kube_rules.leaves(old, "CLUSTER"))
+        await traffic.more()
+        refused = await refusal(scene.lab, SHELL.name, *NOBODY[1:])
+        scene.label()
+        await asyncio.sleep(1)
+        assert scene.serves(new), "it stays until the other has begun"
+        scene.on_node(*kube_rules.returns(old, "CLUSTER"))
+        await scene.until(lambda: not scene.serves(new))
+        await traffic.more()
+    return Ended(0, f"{refused}\n{log.read_text()}")
+
+
+async def refusal(lab, namespace, ip, port):
+    """Return the name of what a connection fails with."""
+    opened = lab.socket(namespace, ip)
+    try:
+        async with asyncio.timeout(2):
+            await asyncio.get_running_loop().sock_connect(opened, (ip, port))
+    except OSError as error:  # which a TimeoutError is
+        return type(error).__name__
+    finally:
+        opened.close()
+    return "connected"
+
+
 async def blocked(scene, traffic, old, new):
     """A move that fails when the old rules are silent: nobody but its probe notices."""
     await begin(scene, old)
@@ -321,7 +385,13 @@ async def blocked(scene, traffic, old, new):
     return ended
 
 
-STORIES = {"moved": moved, "entered": entered, "left": left, "blocked": blocked}
+STORIES = {
+    "moved": moved,
+    "entered": entered,
+    "left": left,
+    "beside": beside,
+    "blocked": blocked,
+}
 
 
 def main(story, old, new):

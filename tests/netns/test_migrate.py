@@ -24,6 +24,11 @@ MOVES = [
     ("left", "userspace", "iptables"),
     ("left", "userspace", "nftables"),
 ]
+BESIDE = [
+    ("kube-iptables", "nftables"),
+    ("kube-nftables", "nftables"),
+    ("kube-iptables", "userspace"),
+]
 FAILING = [("kube-iptables", "nftables"), ("kube-nftables", "nftables"), ("nftables", "iptables")]
 RULES = {
     "iptables": ["iptables"],
@@ -52,6 +57,14 @@ def test_nothing_is_lost_on_the_way(story, old, new):
     assert (found["failures"], found["lost"]) == ([], [])
     assert min(found["made"].values()) > 60
     assert found["rules"] == RULES[new]
+
+
+@pytest.mark.parametrize(("old", "new"), BESIDE, ids=[f"{o} and {n}" for o, n in BESIDE])
+def test_a_service_goes_to_the_proxy_beside_and_back(old, new):
+    found = told("beside", old, new)
+    assert (found["failures"], found["lost"]) == ([], [])
+    assert found["output"].startswith("ConnectionRefusedError\n")
+    assert set(found["rules"]) >= set(RULES[old]), "the other proxy's stay"
 
 
 @pytest.mark.parametrize(("old", "new"), FAILING, ids=[f"{o} to {n}" for o, n in FAILING])
