@@ -40,7 +40,8 @@ async def _feed_from(options: Options, config: Config, node: str, metrics: Metri
     name = config.service_proxy_name
     try:
         if options.manifests:
-            source = ManifestSource(Path(options.manifests), node, options.service_cidr, name)
+            path = Path(options.manifests)
+            source = ManifestSource(path, node, options.service_cidr, proxy_name=name)
             await asyncio.to_thread(source.check)
             return ManifestFeed(source)
         kubeconfig = config.client_connection.kubeconfig

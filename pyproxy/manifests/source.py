@@ -57,8 +57,8 @@ class ManifestSource:
         path: str | Path,
         node_name: str,
         service_cidrs: Sequence[str],
-        proxy_name: str = "",
         poll_seconds: float = 1.0,
+        proxy_name: str = "",
     ) -> None:
         self._path = Path(path)
         self._poll_seconds = poll_seconds

@@ -345,6 +345,9 @@ async def beside(scene, traffic, old, new):
     command = ("run", f"--service-proxy-name={NAME}")
     async with traffic.flowing(), scene.proxy(new, command) as log:
         await traffic.more()
+        if old == "kube-nftables":  # as where ours were there first: of two, the later looks first
+            again = f"delete table ip kube-proxy;{kube_rules.nftables()}"
+            scene.on_node("nft", "-f", "-", text=again)
         scene.label(MOVING, NOBODY[0])
         await scene.until(lambda: scene.serves(new))
         scene.on_node(*kube_rules.leaves(old, "CLUSTER"))
@@ -356,6 +359,7 @@ async def beside(scene, traffic, old, new):
         scene.on_node(*kube_rules.returns(old, "CLUSTER"))
         await scene.until(lambda: not scene.serves(new))
         await traffic.more()
+    scene.on_node(sys.executable, "-m", "pyproxy", "cleanup", command[1])
     return Ended(0, f"{refused}\n{log.read_text()}")
 
 
