@@ -47,8 +47,8 @@ class LingeringFeed:
             case Remove(kind="Service", name=name) if name in self._services:
                 self._leave(name)
                 return
-            case Replace(kind="Service", objects=objects):
-                change = Replace("Service", self._with_those_that_leave(objects))
+            case Replace(kind="Service", objects=objects, as_of=as_of):
+                change = Replace("Service", self._with_those_that_leave(objects), as_of)
             case _:
                 pass
         self._on_change(change)
