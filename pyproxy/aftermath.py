@@ -2,19 +2,32 @@
 
 import asyncio
 import sys
+from typing import Final, NamedTuple
 
 from pyproxy.config import Config
+from pyproxy.config.text import duration_text
 
 CLEANUP_SECONDS = 60.0
+WAITS: Final = 3  # the exit code of a cleanup that has to be repeated
 
 
-async def cleaned_up_after_others(config: Config) -> str | None:
-    """Remove what kube-proxy or another mode left, once ours works; return what went wrong.
+class Left(NamedTuple):
+    """What a clean-up could not remove, in words, and whether it only waits for something."""
 
-    Beside another proxy, only what another of our modes left.
+    what: str
+    waits: bool
+
+
+async def cleaned_up_after_others(config: Config, *, patient: bool = True) -> Left | None:
+    """Remove what kube-proxy or another mode left, once ours works; return what is left.
+
+    ``patient``: virtual servers that have connections stay until these end. Beside another proxy,
+    only what another of our modes left is removed.
     A process of its own, so that this one never imports a mode that it does not run.
     """
     words = [sys.executable, "-m", "pyproxy", "cleanup", f"--keep={config.mode}"]
+    seconds = config.ipvs.drain_timeout_seconds if patient else 0.0
+    words.append(f"--ipvs-drain-timeout={duration_text(seconds)}")
     if config.ipvs.exclude_cidrs:
         words.append(f"--ipvs-exclude-cidrs={','.join(config.ipvs.exclude_cidrs)}")
     if config.service_proxy_name:
@@ -26,8 +39,10 @@ async def cleaned_up_after_others(config: Config) -> str | None:
             )
             output, _ = await process.communicate()
     except TimeoutError:
-        return f"no end after {CLEANUP_SECONDS:.0f} s"
+        return Left(f"no end after {CLEANUP_SECONDS:.0f} s", waits=False)
     except OSError as error:
-        return str(error)
+        return Left(str(error), waits=False)
+    if not process.returncode:
+        return None
     lines = output.decode(errors="replace").splitlines()[-3:]
-    return "; ".join(lines) if process.returncode else None
+    return Left("; ".join(lines), waits=process.returncode == WAITS)

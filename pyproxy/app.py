@@ -53,6 +53,7 @@ from pyproxy.telemetry import Telemetry
 from pyproxy.topology import Place
 
 FULL_SYNC_SECONDS = 3600.0
+DRAIN_POLL_SECONDS = 30.0  # between looks whether what others left is idle: a process each
 GATING: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node")
 WILDCARD: dict[Family, str] = {4: "0.0.0.0", 6: "::"}
 
@@ -290,8 +291,10 @@ class App:
             for lane in self._lanes:
                 concerned = lane.change(change)
                 self._telemetry.counted(change, lane.family, concerned=concerned)
-        if isinstance(change, Replace) and change.kind in self._listed:
-            self._listed[change.kind].set()
+        if isinstance(change, Replace):
+            self._daemon.listed(change.kind, change.as_of)
+            if change.kind in self._listed:
+                self._listed[change.kind].set()
 
     def _see_node(self, change: Change) -> None:
         self._own.see(change)
@@ -339,9 +342,20 @@ class App:
         gc.collect()
         gc.freeze()  # what the first lists left is there to stay: do not walk it again and again
         if self._settings.succeeds_others:
-            problem = await cleaned_up_after_others(self._settings.config)
-            if problem is not None:
-                log.warning("cannot clean up after others", extra={"error": problem})
+            await self._clean_up_after_others()
+
+    async def _clean_up_after_others(self) -> None:
+        """Remove what others left; where it still has connections, when these have ended."""
+        config, clock = self._settings.config, self._clock.monotonic
+        until = clock() + config.ipvs.drain_timeout_seconds
+        left = await cleaned_up_after_others(config)
+        if left is not None and left.waits:
+            log.info("cleaning up after others", extra={"left": left.what})
+        while left is not None and left.waits:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+            left = await cleaned_up_after_others(config, patient=clock() < until)
+        if left is not None:
+            log.warning("cannot clean up after others", extra={"error": left.what})
 
     def _health_ports(self, tasks: asyncio.TaskGroup, ips: NodeIPs) -> HealthPorts:
         config, failed = self._settings.config, partial(self._health_port_failed, tasks)

@@ -19,6 +19,7 @@ from pyproxy.config.flags import Options, flag_values, help_text, parse
 from pyproxy.config.text import ConfigError, did_you_mean
 from pyproxy.settings import SettingsError, file_text, loaded
 
+NAT_MODES = ("nftables", "iptables")  # whose rules come before virtual servers
 COMMANDS = ("run", "demo", "render", "migrate", "cleanup", "version", "help")
 
 ANY_PORT = "127.0.0.1:0"
@@ -268,21 +269,30 @@ def clean_up(keep: str, config: Config) -> int:
     """Remove what each mode may have left on this node, and say what could not be removed.
 
     Of the mode to keep, only what kube-proxy left in its stead is removed. Beside another proxy
-    only what we left is.
+    only what we left is. Where the mode to keep is one of NAT, virtual servers with connections
+    stay until these have ended, and the exit code says that it has to be done again.
     """
+    from pyproxy.aftermath import WAITS
     from pyproxy.process import families
+    from pyproxy.proxier._ipvsdrain import waiting
 
     if keep and keep not in proxier.modes():
         return fail(f"--keep={keep}: there is no such mode{did_you_mean(keep, proxier.modes())}")
 
     async def clear() -> int:
+        waits = await waiting(families(), config) if keep in NAT_MODES else {}
         problems = [
             f"{mode}, IPv{family}: {problem}"
             for mode in allowed_modes(config)
             for family in families()
+            if not (mode == "ipvs" and family in waits)
             if (problem := await proxier.load(mode).cleanup(family, config, ours=mode != keep))
         ]
-        return fail(*problems) if problems else 0
+        if problems:
+            return fail(*problems)
+        if waits:
+            fail(f"{sum(waits.values())} virtual servers wait for the end of their connections")
+        return WAITS if waits else 0
 
     return asyncio.run(clear())
 

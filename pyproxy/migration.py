@@ -225,10 +225,10 @@ class Migration:
         await self._silence()
         await self._probe(plans, "alone")
         self._is_over = True
-        problem = await cleaned_up_after_others(self._config)
-        if problem is not None:
-            raise Fatal(f"migrate: the new rules serve, and of the old some are left: {problem}")
-        self._say("removed: what was there before")
+        left = await cleaned_up_after_others(self._config)
+        if left is not None and not left.waits:
+            raise Fatal(f"migrate: the new rules serve, and of the old some are left: {left.what}")
+        self._say("removed: what was there before" + (f", but {left.what}" if left else ""))
         await self._probe(plans, "after the removal")
 
     async def _settled(self, app: App) -> None:

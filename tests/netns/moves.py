@@ -19,9 +19,18 @@ from pyproxy.demo.proxy import arguments, healthy, running
 from tests.netns import kube_rules
 
 NODE = NODES[0].name
-MOST_SECONDS = 90
-ROUNDS = 30  # of each client, between two steps
-PAUSE_SECONDS = 0.01
+
+
+class Speed(NamedTuple):
+    """What can be asked of a machine."""
+
+    rounds: int = 30  # of each client, between two steps
+    pause_seconds: float = 0.01  # of each client, between two connections
+    answer_seconds: float = 3.0
+    most_seconds: float = 90.0  # for a step
+
+
+SPEEDS = {"fast": Speed(), "slow": Speed(5, 0.5, 20.0, 300.0)}
 CLIENTS = {
     "pod to cluster IP": (SHELL.name, "10.96.0.12", 8080),
     "node to cluster IP": (NODE, "10.96.0.12", 8080),
@@ -32,6 +41,7 @@ CLIENTS6 = {
     "pod to cluster IP, IPv6": (SHELL.name, "fd00:10:96::12", 8080),
     "node to cluster IP, IPv6": (NODE, "fd00:10:96::12", 8080),
 }
+OWN_TABLES = (" pyproxy", " pyproxy-ipvs", " kube-proxy")
 NAME = "canary"
 MOVING = "my-nginx"  # the Service of the cluster IP, as another proxy's name for it is CLUSTER
 NOBODY = ("nobody-home", "10.96.0.14", 80)  # a Service without endpoints
@@ -60,8 +70,9 @@ class Ended(NamedTuple):
 class Traffic:
     """Clients that make a connection after another, and one each that stays for ever."""
 
-    def __init__(self, lab, clients):
+    def __init__(self, lab, clients, speed):
         self._lab = lab
+        self._speed = speed
         self._clients = clients
         self.made = dict.fromkeys(clients, 0)
         self.kept = dict.fromkeys(clients, 0)
@@ -97,9 +108,9 @@ class Traffic:
 
     async def more(self):
         """Wait until everybody has got through some more, or has failed."""
-        aims = {name: count + ROUNDS for name, count in self.made.items()}
-        kept = {name: count + ROUNDS for name, count in self.kept.items()}
-        async with asyncio.timeout(MOST_SECONDS):
+        aims = {name: count + self._speed.rounds for name, count in self.made.items()}
+        kept = {name: count + self._speed.rounds for name, count in self.kept.items()}
+        async with asyncio.timeout(self._speed.most_seconds):
             while not self.failures and not self.lost:
                 made = all(self.made[name] >= aims[name] for name in aims)
                 if made and all(self.kept[name] >= kept[name] for name in kept):
@@ -110,24 +121,24 @@ class Traffic:
         namespace, ip, port = self._clients[name]
         while True:
             try:
-                async with asyncio.timeout(3):
+                async with asyncio.timeout(self._speed.answer_seconds):
                     opened = await self._connected(namespace, ip, port)
                     await said(opened)
                     opened.close()
             except OSError as error:  # which a TimeoutError is
                 self.failures.append(f"{name}: {error!r}")
             self.made[name] += 1
-            await asyncio.sleep(PAUSE_SECONDS)
+            await asyncio.sleep(self._speed.pause_seconds)
 
     async def _long(self, name):
         opened = None
         try:
             opened = await self._connected(*self._clients[name])
             while True:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(3 * self._speed.answer_seconds):
                     await said(opened)
                 self.kept[name] += 1
-                await asyncio.sleep(PAUSE_SECONDS)
+                await asyncio.sleep(self._speed.pause_seconds)
         except OSError as error:
             self.lost.append(f"{name}: {error!r}")
         finally:
@@ -161,8 +172,9 @@ async def echo(reader, writer):
 class Scene:
     """The lab, its pods, and the manifests of what is in it."""
 
-    def __init__(self, lab, folder):
+    def __init__(self, lab, folder, speed):
         self.lab = lab
+        self._speed = speed
         self.folder = Path(folder)
         manifests = self.folder / "manifests"
         manifests.mkdir()
@@ -192,9 +204,9 @@ class Scene:
         if command[0] == "migrate":
             words = tuple(w for w in words if w not in ("--proxy-mode", mode))
         async with running(self.lab, words, log, program) as process:
-            await healthy(self.lab, process, log)
+            await healthy(self.lab, process, log, self._speed.most_seconds)
             last = "after the removal" if command[0] == "migrate" else '"serving"'
-            async with asyncio.timeout(MOST_SECONDS):
+            async with asyncio.timeout(self._speed.most_seconds):
                 while last not in log.read_text():  # noqa: ASYNC110 - another process writes it
                     await asyncio.sleep(0.1)
             yield log
@@ -209,7 +221,7 @@ class Scene:
             stderr=asyncio.subprocess.STDOUT,
             preexec_fn=lambda: self.lab.enter(NODE),
         )  # fmt: skip
-        async with asyncio.timeout(MOST_SECONDS):
+        async with asyncio.timeout(self._speed.most_seconds):
             output, _ = await process.communicate()
         return Ended(process.returncode, output.decode())
 
@@ -232,14 +244,14 @@ class Scene:
         return CLIENTS["pod to cluster IP"][1] in self.on_node(*commands[mode])
 
     async def until(self, is_so):
-        async with asyncio.timeout(MOST_SECONDS):
+        async with asyncio.timeout(self._speed.most_seconds):
             while not is_so():  # noqa: ASYNC110 - the kernel tells nobody
                 await asyncio.sleep(0.1)
 
     def rules(self):
         """Return what there is of each mode's rules on the node, by its names."""
         nft = self.on_node("nft", "list", "tables").split("\n")
-        tables = [name for name in nft if name.endswith((" pyproxy", " kube-proxy"))]
+        tables = [name for name in nft if name.endswith(OWN_TABLES)]
         chains = "KUBE-SERVICES" in self.on_node("iptables-save", "-t", "nat")
         return sorted({*tables, *(["iptables"] if chains else [])})
 
@@ -257,14 +269,14 @@ class Scene:
         return output
 
 
-async def found_out(lab, story, old, new, folder):
+async def found_out(lab, story, old, new, folder, speed):
     """Move from an old mode to a new one, and return what became of connections."""
-    scene = Scene(lab, folder)
+    scene = Scene(lab, folder, speed)
     servers = await scene.pods()
     clients = CLIENTS | (CLIENTS6 if lab.ipv6 and not old.startswith("kube") else {})
     if story == "blocked":
         clients = {name: client for name, client in clients.items() if client[0] != NODE}
-    traffic = Traffic(lab, clients)
+    traffic = Traffic(lab, clients, speed)
     if "userspace" in (old, new):
         scene.on_node("nft", "-f", "-", text=CNI)
     try:
@@ -398,11 +410,12 @@ STORIES = {
 }
 
 
-def main(story, old, new):
+def main(story, old, new, speed="fast"):
     isolate()
     lab = Lab()
     with TemporaryDirectory(prefix="pyproxy-move-") as folder:
-        print(json.dumps(asyncio.run(found_out(lab, story, old, new, folder))))  # noqa: T201
+        found = asyncio.run(found_out(lab, story, old, new, folder, SPEEDS[speed]))
+        print(json.dumps(found))  # noqa: T201
 
 
 if __name__ == "__main__":
