@@ -1,14 +1,19 @@
 """Removes what others left on the node, in a process of its own."""
 
 import asyncio
+import logging
 import sys
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from pyproxy.config import Config
 from pyproxy.config.text import duration_text
 
 CLEANUP_SECONDS = 60.0
+POLL_SECONDS = 30.0  # between looks whether what is left is idle: a process each
 WAITS: Final = 3  # the exit code of a cleanup that has to be repeated
+
+log = logging.getLogger(__name__)
 
 
 class Left(NamedTuple):
@@ -16,6 +21,22 @@ class Left(NamedTuple):
 
     what: str
     waits: bool
+
+
+async def clean_up_after_others(config: Config, clock: Callable[[], float]) -> None:
+    """Remove what others left; where it still has connections, when these have ended.
+
+    It is waited for no longer than ``ipvs.drainTimeout``. What goes wrong is logged.
+    """
+    until = clock() + config.ipvs.drain_timeout_seconds
+    left = await cleaned_up_after_others(config)
+    if left is not None and left.waits:
+        log.info("cleaning up after others", extra={"left": left.what})
+    while left is not None and left.waits:
+        await asyncio.sleep(POLL_SECONDS)
+        left = await cleaned_up_after_others(config, patient=clock() < until)
+    if left is not None:
+        log.warning("cannot clean up after others", extra={"error": left.what})
 
 
 async def cleaned_up_after_others(config: Config, *, patient: bool = True) -> Left | None:

@@ -11,7 +11,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from pyproxy import proxier
-from pyproxy.aftermath import cleaned_up_after_others
+from pyproxy.aftermath import clean_up_after_others
 from pyproxy.cache import Cache
 from pyproxy.config import (
     Config,
@@ -53,7 +53,6 @@ from pyproxy.telemetry import Telemetry
 from pyproxy.topology import Place
 
 FULL_SYNC_SECONDS = 3600.0
-DRAIN_POLL_SECONDS = 30.0  # between looks whether what others left is idle: a process each
 GATING: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node")
 WILDCARD: dict[Family, str] = {4: "0.0.0.0", 6: "::"}
 
@@ -342,20 +341,7 @@ class App:
         gc.collect()
         gc.freeze()  # what the first lists left is there to stay: do not walk it again and again
         if self._settings.succeeds_others:
-            await self._clean_up_after_others()
-
-    async def _clean_up_after_others(self) -> None:
-        """Remove what others left; where it still has connections, when these have ended."""
-        config, clock = self._settings.config, self._clock.monotonic
-        until = clock() + config.ipvs.drain_timeout_seconds
-        left = await cleaned_up_after_others(config)
-        if left is not None and left.waits:
-            log.info("cleaning up after others", extra={"left": left.what})
-        while left is not None and left.waits:
-            await asyncio.sleep(DRAIN_POLL_SECONDS)
-            left = await cleaned_up_after_others(config, patient=clock() < until)
-        if left is not None:
-            log.warning("cannot clean up after others", extra={"error": left.what})
+            await clean_up_after_others(self._settings.config, self._clock.monotonic)
 
     def _health_ports(self, tasks: asyncio.TaskGroup, ips: NodeIPs) -> HealthPorts:
         config, failed = self._settings.config, partial(self._health_port_failed, tasks)

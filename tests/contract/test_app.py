@@ -9,12 +9,10 @@ from tempfile import mkdtemp
 import pytest
 from msgspec import structs
 
-from pyproxy import app as app_module
 from pyproxy import own_node
-from pyproxy.aftermath import Left
 from pyproxy.app import App, Fatal, Settings
 from pyproxy.commands._ask import Daemon
-from pyproxy.config import IPVS, Config, Userspace
+from pyproxy.config import Config, Userspace
 from pyproxy.demo.expect import Reply
 from pyproxy.demo.traffic import ask, http_status, serve
 from pyproxy.explain import Explanation
@@ -118,32 +116,6 @@ async def test_it_serves_what_the_feed_tells_and_ends_in_peace_at_a_signal():
         assert await ask(opened(), front) == Reply("refused")
     assert feed.is_closed
     assert feed.events == [("Starting", "", False)]
-
-
-@pytest.mark.parametrize(
-    ("drain_seconds", "patiences"),
-    [
-        pytest.param(900.0, [True, True, True], id="until nothing waits"),
-        pytest.param(0.0, [True, False, False], id="as long as it may"),
-    ],
-)
-async def test_what_others_left_in_use_is_looked_at_again(monkeypatch, drain_seconds, patiences):
-    left = [Left("2 virtual servers wait", waits=True)] * 2 + [None]
-    asked, done = [], asyncio.Event()
-
-    async def cleaned_up(config, *, patient=True):
-        asked.append(patient)
-        if len(asked) == len(left):
-            done.set()
-        return left[len(asked) - 1]
-
-    monkeypatch.setattr(app_module, "cleaned_up_after_others", cleaned_up)
-    monkeypatch.setattr(app_module, "DRAIN_POLL_SECONDS", POLL_SECONDS)
-    feed = FakeFeed(*NOTHING, Replace("Node", (HERE,)))
-    fields = {"flags": {"succeeds_others": True}, "ipvs": IPVS(drain_timeout_seconds=drain_seconds)}
-    async with running(Proxy(feed, **fields)):
-        await done.wait()
-    assert asked == patiences
 
 
 async def test_what_it_knows_from_the_disk_only_is_told_as_old_until_it_is_listed(tmp_path):
