@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from pyproxy.config import Config
 from pyproxy.config.text import duration_text
 
-CLEANUP_SECONDS = 60.0
+CLEANUP_SECONDS = 300.0  # that it may take at most: it starts programs, and all of Python
 POLL_SECONDS = 30.0  # between looks whether what is left is idle: a process each
 WAITS: Final = 3  # the exit code of a cleanup that has to be repeated
 

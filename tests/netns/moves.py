@@ -30,7 +30,7 @@ class Speed(NamedTuple):
     most_seconds: float = 90.0  # for a step
 
 
-SPEEDS = {"fast": Speed(), "slow": Speed(5, 0.5, 20.0, 300.0)}
+SPEEDS = {"fast": Speed(), "slow": Speed(4, 1.0, 30.0, 600.0)}
 CLIENTS = {
     "pod to cluster IP": (SHELL.name, "10.96.0.12", 8080),
     "node to cluster IP": (NODE, "10.96.0.12", 8080),
