@@ -66,4 +66,5 @@ async def cleaned_up_after_others(config: Config, *, patient: bool = True) -> Le
     if not process.returncode:
         return None
     lines = output.decode(errors="replace").splitlines()[-3:]
-    return Left("; ".join(lines), waits=process.returncode == WAITS)
+    words = "; ".join(line.removeprefix("pyproxy: ") for line in lines)
+    return Left(words, waits=process.returncode == WAITS)
