@@ -49,6 +49,7 @@ FLAG_HEAD = "| flag | field of the file | meaning |\n|---|---|---|\n"
 OWN = (
     "cloudAnnotations",
     "serviceMetrics",
+    "serviceProxyName",
     "ipvs.bindAddresses",
     "ipvs.drainTimeout",
     "userspace.",

@@ -1,21 +1,58 @@
 """Removes what others left on the node, in a process of its own."""
 
 import asyncio
+import logging
 import sys
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 from pyproxy.config import Config
+from pyproxy.config.text import duration_text
 
-CLEANUP_SECONDS = 60.0
+CLEANUP_SECONDS = 300.0  # that it may take at most: it starts programs, and all of Python
+POLL_SECONDS = 30.0  # between looks whether what is left is idle: a process each
+WAITS: Final = 3  # the exit code of a cleanup that has to be repeated
+
+log = logging.getLogger(__name__)
 
 
-async def cleaned_up_after_others(config: Config) -> str | None:
-    """Remove what kube-proxy or another mode left, once ours works; return what went wrong.
+class Left(NamedTuple):
+    """What a clean-up could not remove, in words, and whether it only waits for something."""
 
+    what: str
+    waits: bool
+
+
+async def clean_up_after_others(config: Config, clock: Callable[[], float]) -> None:
+    """Remove what others left; where it still has connections, when these have ended.
+
+    It is waited for no longer than ``ipvs.drainTimeout``. What goes wrong is logged.
+    """
+    until = clock() + config.ipvs.drain_timeout_seconds
+    left = await cleaned_up_after_others(config)
+    if left is not None and left.waits:
+        log.info("cleaning up after others", extra={"left": left.what})
+    while left is not None and left.waits:
+        await asyncio.sleep(POLL_SECONDS)
+        left = await cleaned_up_after_others(config, patient=clock() < until)
+    if left is not None:
+        log.warning("cannot clean up after others", extra={"error": left.what})
+
+
+async def cleaned_up_after_others(config: Config, *, patient: bool = True) -> Left | None:
+    """Remove what kube-proxy or another mode left, once ours works; return what is left.
+
+    ``patient``: virtual servers that have connections stay until these end. Beside another proxy,
+    only what another of our modes left is removed.
     A process of its own, so that this one never imports a mode that it does not run.
     """
     words = [sys.executable, "-m", "pyproxy", "cleanup", f"--keep={config.mode}"]
+    seconds = config.ipvs.drain_timeout_seconds if patient else 0.0
+    words.append(f"--ipvs-drain-timeout={duration_text(seconds)}")
     if config.ipvs.exclude_cidrs:
         words.append(f"--ipvs-exclude-cidrs={','.join(config.ipvs.exclude_cidrs)}")
+    if config.service_proxy_name:
+        words.append(f"--service-proxy-name={config.service_proxy_name}")
     try:
         async with asyncio.timeout(CLEANUP_SECONDS):
             process = await asyncio.create_subprocess_exec(
@@ -23,8 +60,11 @@ async def cleaned_up_after_others(config: Config) -> str | None:
             )
             output, _ = await process.communicate()
     except TimeoutError:
-        return f"no end after {CLEANUP_SECONDS:.0f} s"
+        return Left(f"no end after {CLEANUP_SECONDS:.0f} s", waits=False)
     except OSError as error:
-        return str(error)
+        return Left(str(error), waits=False)
+    if not process.returncode:
+        return None
     lines = output.decode(errors="replace").splitlines()[-3:]
-    return "; ".join(lines) if process.returncode else None
+    words = "; ".join(line.removeprefix("pyproxy: ") for line in lines)
+    return Left(words, waits=process.returncode == WAITS)

@@ -11,7 +11,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from pyproxy import proxier
-from pyproxy.aftermath import cleaned_up_after_others
+from pyproxy.aftermath import clean_up_after_others
 from pyproxy.cache import Cache
 from pyproxy.config import (
     Config,
@@ -290,8 +290,10 @@ class App:
             for lane in self._lanes:
                 concerned = lane.change(change)
                 self._telemetry.counted(change, lane.family, concerned=concerned)
-        if isinstance(change, Replace) and change.kind in self._listed:
-            self._listed[change.kind].set()
+        if isinstance(change, Replace):
+            self._daemon.listed(change.kind, change.as_of)
+            if change.kind in self._listed:
+                self._listed[change.kind].set()
 
     def _see_node(self, change: Change) -> None:
         self._own.see(change)
@@ -339,9 +341,7 @@ class App:
         gc.collect()
         gc.freeze()  # what the first lists left is there to stay: do not walk it again and again
         if self._settings.succeeds_others:
-            problem = await cleaned_up_after_others(self._settings.config)
-            if problem is not None:
-                log.warning("cannot clean up after others", extra={"error": problem})
+            await clean_up_after_others(self._settings.config, self._clock.monotonic)
 
     def _health_ports(self, tasks: asyncio.TaskGroup, ips: NodeIPs) -> HealthPorts:
         config, failed = self._settings.config, partial(self._health_port_failed, tasks)

@@ -13,13 +13,14 @@ import yaml
 from msgspec.structs import replace
 
 from pyproxy import __version__, commands, proxier
-from pyproxy.config import Config, gate, node_name, with_mode
+from pyproxy.config import MODES_BESIDE, Config, gate, is_beside, node_name, with_mode
 from pyproxy.config.check import warnings
 from pyproxy.config.file import dump
 from pyproxy.config.flags import Options, flag_values, help_text, parse
 from pyproxy.config.text import ConfigError, did_you_mean
 from pyproxy.settings import SettingsError, file_text, loaded
 
+NAT_MODES = ("nftables", "iptables")  # whose rules come before virtual servers
 COMMANDS = ("run", "demo", "render", "migrate", "cleanup", "version", "help")
 
 ANY_PORT = "127.0.0.1:0"
@@ -129,6 +130,8 @@ def migrate(words: Sequence[str]) -> int:
     setup(config.logging)
     for oddity in oddities:
         log.warning(oddity)
+    if is_beside(config):
+        return fail("migrate: serviceProxyName: a node moves as a whole; leave the name out")
     config, node = with_mode(config, asked.to), node_name(config, hostname)
     return serve(options, config, node, text, asked)
 
@@ -150,7 +153,7 @@ def serve(
 ) -> int:
     """Run until a signal or a reason to end; exit code 1 for the latter."""
     try:
-        config = with_mode(config, resolved_mode(config.mode))
+        config = with_mode(config, resolved_mode(config))
         config = proxier.load(config.mode).settled(config)
     except LookupError as error:
         return fail(str(error))
@@ -159,10 +162,11 @@ def serve(
     return in_loop(options.event_loop, lambda: migrating(asked, options, config, node, text))
 
 
-def resolved_mode(name: str) -> str:
+def resolved_mode(config: Config) -> str:
     """Return the mode to run. Raises ``LookupError`` if it cannot be on this node."""
+    name = config.mode
     if name == "auto":
-        return proxier.best()
+        return proxier.best(allowed_modes(config))
     if name not in proxier.modes():
         known = ", ".join(proxier.modes())
         raise LookupError(f"mode: {name} is not part of this version; there is: {known}")
@@ -170,6 +174,11 @@ def resolved_mode(name: str) -> str:
     if reason is not None:
         raise LookupError(f"mode: {name} cannot work on this node: {reason}")
     return name
+
+
+def allowed_modes(config: Config) -> tuple[str, ...]:
+    """Return the modes that may run, whatever the node can."""
+    return MODES_BESIDE if is_beside(config) else proxier.modes()
 
 
 async def migrating(
@@ -265,21 +274,31 @@ async def serving(
 def clean_up(keep: str, config: Config) -> int:
     """Remove what each mode may have left on this node, and say what could not be removed.
 
-    Of the mode to keep, only what kube-proxy left in its stead is removed.
+    Of the mode to keep, only what kube-proxy left in its stead is removed. Beside another proxy
+    only what we left is. Where the mode to keep is one of NAT, virtual servers with connections
+    stay until these have ended, and the exit code says that it has to be done again.
     """
+    from pyproxy.aftermath import WAITS
     from pyproxy.process import families
+    from pyproxy.proxier._ipvsdrain import waiting
 
     if keep and keep not in proxier.modes():
         return fail(f"--keep={keep}: there is no such mode{did_you_mean(keep, proxier.modes())}")
 
     async def clear() -> int:
+        waits = await waiting(families(), config) if keep in NAT_MODES else {}
         problems = [
             f"{mode}, IPv{family}: {problem}"
-            for mode in proxier.modes()
+            for mode in allowed_modes(config)
             for family in families()
+            if not (mode == "ipvs" and family in waits)
             if (problem := await proxier.load(mode).cleanup(family, config, ours=mode != keep))
         ]
-        return fail(*problems) if problems else 0
+        if problems:
+            return fail(*problems)
+        if waits:
+            fail(f"{sum(waits.values())} virtual servers wait for the end of their connections")
+        return WAITS if waits else 0
 
     return asyncio.run(clear())
 

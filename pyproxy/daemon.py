@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final
 
-from pyproxy.config import Config, gate
+from pyproxy.config import Config, gate, is_beside
 from pyproxy.control import LiveQuestion
 from pyproxy.counting import Counting
 from pyproxy.doctor.look import open_files
@@ -44,6 +44,14 @@ class Daemon:
         self._counting = Counting(self._counted)
         self._service_metrics: ServiceMetrics | None = None
         self._metrics: Metrics | None = None
+        self._as_of: dict[Kind, float] = {}  # of kinds that are known from the state on disk only
+
+    def listed(self, kind: Kind, as_of: float | None) -> None:
+        """Take in whether a kind of object is known as it is, or as it was at some time."""
+        if as_of is None:
+            self._as_of.pop(kind, None)
+        else:
+            self._as_of[kind] = as_of
 
     def carries(self, env: Env, carrier: Proxier) -> None:
         """Take in who writes a family's plan, once it is known."""
@@ -75,6 +83,7 @@ class Daemon:
             allow_external_ips=gate(self._config, "AllowServiceExternalIPs"),
             cloud=self._config.cloud_annotations,
             keeps_client_address=self._config.userspace.keep_client_address,
+            as_of=dict(self._as_of),
         )
 
     def live(self) -> Mapping[str, LiveQuestion]:
@@ -105,6 +114,7 @@ class Daemon:
             pod_cidrs=node.pod_cidrs if node is not None else (),
             service_cidrs=envs[0].service_cidrs() if envs else (),
             open_files=open_files(),
+            is_beside=is_beside(self._config),
         )
 
     async def _verify(self, query: Query) -> Verification:

@@ -34,7 +34,7 @@ from pyproxy.reasons import (
     why_masquerade,
     why_not_admitted,
 )
-from pyproxy.remarks import not_ours, owner_of, remarks
+from pyproxy.remarks import age, not_ours, owner_of, remarks
 from pyproxy.rules.listeners import Origin, origin_of
 from pyproxy.view import Answer, FamilyView, NotThereError, Query, QueryError, View, asked_service
 
@@ -108,6 +108,11 @@ class Explanation(Answer, frozen=True):
 
 def explain(view: View, query: Query) -> Explanation:
     """Answer ``service=NAMESPACE/NAME``, or ``from=WHO`` and ``to=IP:PORT[/PROTO]``."""
+    answer = explained(view, query)
+    return replace(answer, remarks=(*age(view), *answer.remarks))
+
+
+def explained(view: View, query: Query) -> Explanation:
     if query.get("to"):
         return explain_connection(view, query)
     name = asked_service(query)

@@ -7,12 +7,13 @@ from pathlib import Path
 from random import Random
 
 from pyproxy.app import Fatal, Feed
-from pyproxy.config import Config
+from pyproxy.config import Config, is_beside
 from pyproxy.config.flags import Options
 from pyproxy.kube.access import SourceError
 from pyproxy.kube.api import KubeApi, Regarding, connect
 from pyproxy.kube.source import follow
 from pyproxy.kube.watch import WatchMachine
+from pyproxy.lingering import LingeringFeed
 from pyproxy.manifests.source import ManifestError, ManifestSource
 from pyproxy.metrics import Metrics
 from pyproxy.model import Change, Kind, ObjectName
@@ -31,19 +32,33 @@ class FeedError(Exception):
 
 async def feed_from(options: Options, config: Config, node: str, metrics: Metrics) -> Feed:
     """Return what the flags say to follow. Raises ``FeedError``."""
+    feed = await _feed_from(options, config, node, metrics)
+    return LingeringFeed(feed) if is_beside(config) else feed
+
+
+async def _feed_from(options: Options, config: Config, node: str, metrics: Metrics) -> Feed:
+    name = config.service_proxy_name
     try:
         if options.manifests:
-            source = ManifestSource(Path(options.manifests), node, options.service_cidr)
+            path = Path(options.manifests)
+            source = ManifestSource(path, node, options.service_cidr, proxy_name=name)
             await asyncio.to_thread(source.check)
             return ManifestFeed(source)
         kubeconfig = config.client_connection.kubeconfig
-        api = await connect(kubeconfig, options.master, node=node, observe=metrics.rest_request)
+        api = await connect(
+            kubeconfig,
+            options.master,
+            node=node,
+            proxy_name=name,
+            observe=metrics.rest_request,
+        )
     except (SourceError, ManifestError) as error:
         raise FeedError(str(error)) from error
     feed = KubeFeed(api, node)
     if not options.state_dir:
         return feed
-    origin = " ".join(filter(None, (f"Node {node} of {api.url}", kubeconfig)))
+    whose = f"Services of proxy {name}" if name else ""
+    origin = " ".join(filter(None, (f"Node {node} of {api.url}", kubeconfig, whose)))
     return RememberedFeed(feed, Path(options.state_dir), origin, metrics, SystemClock().unix)
 
 

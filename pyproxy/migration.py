@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 from pyproxy import proxier
-from pyproxy.aftermath import cleaned_up_after_others
+from pyproxy.aftermath import clean_up_after_others, cleaned_up_after_others
 from pyproxy.app import App, Fatal, Feed
 from pyproxy.config import Config
 from pyproxy.http import parse_bind
@@ -174,6 +174,7 @@ class Migration:
         self._silent: list[Other] = []
         self._written: tuple[tuple[Lane, Proxier], ...] = ()
         self._is_over = False  # and cannot be undone
+        self._waits = False  # what was there before, for the end of its connections
 
     def feed(self, feed: Feed) -> Feed:
         """Return what the app is to follow."""
@@ -191,6 +192,8 @@ class Migration:
                 await self._wake()
         if not self._asked.then_run:
             app.stop()
+        elif self._waits:
+            await clean_up_after_others(self._config, asyncio.get_running_loop().time)
 
     async def undo(self) -> bool:
         """If the move was not made, remove the new rules; say whether it was."""
@@ -225,10 +228,11 @@ class Migration:
         await self._silence()
         await self._probe(plans, "alone")
         self._is_over = True
-        problem = await cleaned_up_after_others(self._config)
-        if problem is not None:
-            raise Fatal(f"migrate: the new rules serve, and of the old some are left: {problem}")
-        self._say("removed: what was there before")
+        left = await cleaned_up_after_others(self._config)
+        if left is not None and not left.waits:
+            raise Fatal(f"migrate: the new rules serve, and of the old some are left: {left.what}")
+        self._waits = left is not None
+        self._say("removed: what was there before" + (f", but {left.what}" if left else ""))
         await self._probe(plans, "after the removal")
 
     async def _settled(self, app: App) -> None:

@@ -190,10 +190,14 @@ class Remove(Struct, frozen=True):
 
 
 class Replace(Struct, frozen=True):
-    """These are all objects of this kind; whatever is not among them is gone."""
+    """These are all objects of this kind; whatever is not among them is gone.
+
+    ``as_of`` is when that was so, in Unix seconds, of a state on disk; None: it is so now.
+    """
 
     kind: Kind
     objects: tuple[ApiObject, ...]
+    as_of: float | None = None
 
 
 Change = Upsert | Remove | Replace

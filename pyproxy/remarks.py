@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from pyproxy.health import rfc3339
 from pyproxy.model import Proto, Service
 from pyproxy.reasons import listed
 from pyproxy.services import why_no_ports
@@ -70,6 +71,16 @@ def nobody(family: FamilyView, ip: str, port: int, proto: Proto) -> str:
     if taken:
         return f"nodePortAddresses leaves {ip} out of the addresses that serve node ports"
     return f"{ip} is this node's, and no Service has the node port {port}/{proto}"
+
+
+def age(view: View) -> Iterator[str]:
+    """Yield that objects are old, where the API server was away when this process began."""
+    if view.as_of:
+        kinds = listed(sorted(f"{kind}s" for kind in view.as_of))
+        moment = rfc3339(min(view.as_of.values()))
+        yield (
+            f"the API server is away: {kinds} are as they were at {moment}, from the state on disk"
+        )
 
 
 def remarks(view: View, service: Service) -> Iterator[str]:

@@ -96,7 +96,7 @@ class RememberedFeed:
             if kind not in self._fresh:  # it may be here by now
                 self._stale.add(kind)
                 self._metrics.stale(kind, stale=True)
-                change = Replace(kind, tuple(objects[kind]))
+                change = Replace(kind, tuple(objects[kind]), head.saved_at)
                 self._known.see(change)
                 self._on_change(change)
         if self._stale:

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from pyproxy.config import (
     Config,
+    is_beside,
     local_cidr,
     masquerade_all,
     networks_of,
@@ -44,7 +45,7 @@ from pyproxy.model import (
 )
 from pyproxy.offline import family_view, node_in
 from pyproxy.plan import Plan
-from pyproxy.rules import iptables, iptables_file, ipvs, ipvs_base, nft_base, nft_file
+from pyproxy.rules import iptables, iptables_file, ipvs, ipvs_base, nft_base, nft_beside, nft_file
 from pyproxy.rules import ipvs_text as ipvs_file
 from pyproxy.rules.listeners import stance
 from pyproxy.rules.nft_affinity import Content
@@ -142,7 +143,7 @@ def rendered(
     if not wanted.files:
         raise RenderError("-f is missing: give a file or a directory of manifests, or - for stdin")
     cidrs = tuple(cidr for text in service_cidrs if (cidr := parse_network(text)) is not None)
-    found = read(wanted.files, ManifestSettings(node_name, cidrs))
+    found = read(wanted.files, ManifestSettings(node_name, cidrs, config.service_proxy_name))
     of_families = scenes(mode, found.objects(), Settings(node_name, config, wanted.families))
     warnings = [f"{s.name}: {warning}" for s in found.services for warning in s.warnings]
     conflicts = {
@@ -248,7 +249,8 @@ def nft_table_text(scene: Scene) -> str:
     items: dict[Item, Content] = {}
     for port in by_owner(scene.plan):
         items |= compile_owner(ruleset, port, {})
-    return nft_file.file(nft_base, ruleset, items)
+    base = nft_beside if is_beside(scene.config) else nft_base
+    return nft_file.file(base, ruleset, items)
 
 
 def nft_ruleset(scene: Scene) -> Ruleset:
@@ -261,7 +263,7 @@ def nft_ruleset(scene: Scene) -> Ruleset:
         pods=local_cidr(config, family, scene.node),
         masquerade_all=masquerade_all(config, config.mode),
         node_port_ips=None if ranges is None else serving(scene.node, family, ranges),
-        service_cidrs=networks_of(scene.service_cidrs, family),
+        service_cidrs=() if is_beside(config) else networks_of(scene.service_cidrs, family),
     )
 
 

@@ -1,12 +1,13 @@
 """What a node knows, must do and has written, as commands look at it: of a daemon, or of files."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from msgspec import Struct
 
 from pyproxy.cache import Cache, Owners
-from pyproxy.model import Family, ObjectName, PortPlan, Service, ServicePortName
+from pyproxy.model import Family, Kind, ObjectName, PortPlan, Service, ServicePortName
 from pyproxy.plan import Plan, Site
 from pyproxy.progress import Progress, State
 from pyproxy.rules.listeners import Surroundings
@@ -66,6 +67,7 @@ class View(NamedTuple):
     allow_external_ips: bool = True
     cloud: str = ""  # whose annotations count
     keeps_client_address: bool = True  # mode userspace: where answers come back by this node
+    as_of: Mapping[Kind, float] = MappingProxyType({})  # Unix seconds, of kinds that are stale
 
     def service(self, name: ObjectName) -> Service:
         """Return a Service. Raises ``NotThereError``."""

@@ -165,20 +165,22 @@ def source(options: Options, files: Sequence[str]) -> Source:
     node = node_name(config, hostname)
     mode = DEFAULT_MODE if config.mode == "auto" else config.mode
     if files:
-        objects = of_files(files, node, options.service_cidr)
+        objects = of_files(files, node, options.service_cidr, config)
     else:
         objects = asyncio.run(of_server(options, config, node))
     return Files(view_of(objects, config, mode, node, FAMILIES), config)
 
 
-def of_files(files: Sequence[str], node: str, service_cidrs: Sequence[str]) -> Objects:
+def of_files(
+    files: Sequence[str], node: str, service_cidrs: Sequence[str], config: Config
+) -> Objects:
     """Return what the files mean; what is odd about it is told. Raises ``CommandError``."""
     from pyproxy.manifests.resolve import Settings
     from pyproxy.render import RenderError, read
 
     cidrs = tuple(cidr for text in service_cidrs if (cidr := parse_network(text)) is not None)
     try:
-        found = read(files, Settings(node, cidrs))
+        found = read(files, Settings(node, cidrs, config.service_proxy_name))
     except RenderError as error:
         raise CommandError(*error.args) from error
     for remark in (*found.notes, *(f"{s.name}: {w}" for s in found.services for w in s.warnings)):

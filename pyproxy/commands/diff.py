@@ -80,7 +80,7 @@ def of_plan(own: argparse.Namespace, after: Files) -> int:
     before: Source = Daemon(own.options.control_socket)
     if own.against:
         view, config = after.view, after.config
-        objects = of_files(own.against, view.node, own.options.service_cidr)
+        objects = of_files(own.against, view.node, own.options.service_cidr, config)
         before = Files(view_of(objects, config, view.mode, view.node, FAMILIES), config)
     old, new = before.ask("routes", Routes, {}), after.ask("routes", Routes, {})
     reached, reaching = (side.ask("endpoints", Endpoints, {}) for side in (before, after))

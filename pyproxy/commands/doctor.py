@@ -12,7 +12,7 @@ from pyproxy import proxier
 from pyproxy.commands import CommandError
 from pyproxy.commands._ask import Source, as_json, divided, parser, show, source
 from pyproxy.commands._table import WIDTH
-from pyproxy.config import Config, cluster_cidrs, node_name
+from pyproxy.config import MODES_BESIDE, Config, cluster_cidrs, is_beside, node_name
 from pyproxy.config.flags import Options, parse
 from pyproxy.config.text import did_you_mean
 from pyproxy.doctor.facts import Facts, Finding, Served
@@ -58,12 +58,15 @@ def facts_of(
     setup, served, unseen = told(options, files)
     if setup is not None:
         node = setup.node
-    configured = config.mode if config.mode != "auto" else proxier.best()
+    beside = setup.is_beside if setup is not None else is_beside(config)
+    names = MODES_BESIDE if beside else proxier.modes()
+    configured = config.mode if config.mode != "auto" else proxier.best(names)
     mode = mode or (setup.mode if setup is not None else configured)
     facts = replace(
         quickly(config, mode, families()),
         node=node,
         is_running=setup is not None,
+        is_beside=beside,
         served=served,
         unseen=unseen,
         needs_pod_cidrs=setup.needs_pod_cidrs if setup else config.detect_local_mode == "NodeCIDR",

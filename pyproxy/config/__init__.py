@@ -18,6 +18,8 @@ Mode = Literal["auto", "userspace", "iptables", "nftables", "ipvs"]
 MODES: Final[tuple[Mode, ...]] = ("auto", "userspace", "iptables", "nftables", "ipvs")
 DETECT_LOCAL_MODES: Final = ("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix")
 CLOUDS: Final = ("", "huawei")
+# Modes that can serve some Services beside another proxy, which has the others.
+MODES_BESIDE: Final = ("nftables", "userspace")
 PRIMARY: Final = "primary"  # the word that nodePortAddresses may have instead of CIDRs
 HEALTHZ_PORT: Final = 10256
 METRICS_PORT: Final = 10249
@@ -194,6 +196,7 @@ class Config(Struct, frozen=True, rename=file_name):
     port_range: str = ""
     service_metrics: str = "off"  # pyproxy's own: what is counted apart
     cloud_annotations: str = ""  # pyproxy's own: the cloud whose annotations count
+    service_proxy_name: str = ""  # pyproxy's own: the label of the only Services to serve
     windows_run_as_service: bool = False
 
 
@@ -317,6 +320,14 @@ def sync_periods(config: Config, mode: str) -> tuple[float, float]:
 
 def masquerade_all(config: Config, mode: str) -> bool:
     return (config.nftables if mode == "nftables" else config.iptables).masquerade_all
+
+
+def is_beside(config: Config) -> bool:
+    """Say whether another proxy serves the node, and this one only the Services with its name.
+
+    What no Service of ours has is then not ours to answer, to set or to remove.
+    """
+    return bool(config.service_proxy_name)
 
 
 class NodeIPs(NamedTuple):

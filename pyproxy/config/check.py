@@ -11,7 +11,9 @@ from pyproxy.config import (
     CLOUDS,
     DETECT_LOCAL_MODES,
     GATES,
+    HEALTHZ_PORT,
     IPVS,
+    METRICS_PORT,
     MODES,
     PRIMARY,
     SERVICE_METRICS,
@@ -24,6 +26,7 @@ from pyproxy.config import (
     cluster_cidrs,
     file_name,
     gate,
+    is_beside,
     networks_of,
     setting,
 )
@@ -68,6 +71,11 @@ _NEEDED_TO_DETECT: Final = {
     "BridgeInterface": "detect_local.bridge_interface",
     "InterfaceNamePrefix": "detect_local.interface_name_prefix",
 }
+_WHY_NOT_BESIDE: Final = {
+    "iptables": "its chains are kube-proxy's own",
+    "ipvs": "kube-proxy removes virtual servers that it does not know",
+}
+_LABEL_VALUE: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _QUANTITY: Final = re.compile(r"\d+(\.\d+)?([kMGTPE]|[KMGTPE]i)?")
 
 
@@ -83,6 +91,7 @@ def validate(config: Config) -> tuple[str, ...]:
         *_ipvs_problems(config),
         *_detect_local_problems(config),
         *_own_problems(config),
+        *_beside_problems(config),
         *_node_port_problems(config.node_port_addresses),
     )
 
@@ -185,6 +194,15 @@ def _own_problems(config: Config) -> Iterator[str]:
         yield f"cloudAnnotations: {_not_one_of(config.cloud_annotations, CLOUDS[1:])}"
 
 
+def _beside_problems(config: Config) -> Iterator[str]:
+    name = config.service_proxy_name
+    if name and not _LABEL_VALUE.fullmatch(name):
+        yield f'serviceProxyName: "{name}" is not what a label can have for a value'
+    reason = _WHY_NOT_BESIDE.get(config.mode)
+    if name and reason:
+        yield f"serviceProxyName: mode {config.mode} cannot be beside another proxy: {reason}"
+
+
 def _detect_local_problems(config: Config) -> Iterator[str]:
     mode = config.detect_local_mode
     if mode not in DETECT_LOCAL_MODES:
@@ -278,8 +296,22 @@ def _warnings(config: Config) -> Iterator[str]:
         yield f"userspace: is accepted, and has no effect in mode {config.mode}"
     if config.winkernel != Winkernel() or config.windows_run_as_service:
         yield "winkernel: is accepted, and has no effect on Linux"
+    yield from _beside_warnings(config)
     if config.port_range:
         yield "portRange: is accepted, and has no effect any more"
+
+
+def _beside_warnings(config: Config) -> Iterator[str]:
+    if not is_beside(config):
+        return
+    ports = {"healthz_bind_address": HEALTHZ_PORT, "metrics_bind_address": METRICS_PORT}
+    for path, port in ports.items():
+        host = split_address(str(setting(config, path)))
+        if host and host[1] == str(port):
+            yield (
+                f"{_field(path)}: port {port} is that of the proxy that serves the other Services; "
+                "give this one another"
+            )
 
 
 def _ipvs_is_set(ipvs: IPVS) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from pyproxy.config import CAPTURES, SERVICE_METRICS, SOCKET_LB
+from pyproxy.config import CAPTURES, MODES_BESIDE, SERVICE_METRICS, SOCKET_LB
 from pyproxy.config.flags_kinds import BOOL, CIDRS, DURATION, LOOP, STRING, Flag, Group
 
 OWN: Final = Group(
@@ -46,6 +46,15 @@ OWN: Final = Group(
             "What to count connections of apart, for metrics and pyproxy top: one of "
             f"{', '.join(SERVICE_METRICS)}.",
             placeholder="WHAT",
+        ),
+        Flag(
+            "service-proxy-name",
+            STRING,
+            "service_proxy_name",
+            "Serve only the Services whose label service.kubernetes.io/service-proxy-name has this "
+            "value, beside another proxy, which leaves them alone; empty: only those without the "
+            f"label. Modes {' and '.join(MODES_BESIDE)}.",
+            placeholder="NAME",
         ),
         Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
     ),

@@ -306,7 +306,14 @@ GROUPS: Final = (
         "Do one thing and exit",
         (
             Flag("cleanup", BOOL, "", "Remove the rules of every mode."),
-            Flag("keep", STRING, "", "With --cleanup: leave this mode's.", placeholder="MODE"),
+            Flag(
+                "keep",
+                STRING,
+                "",
+                "With --cleanup: leave this mode's. Beside nftables and iptables, virtual servers "
+                "stay while they have connections; the exit code is 3 if some do.",
+                placeholder="MODE",
+            ),
             Flag(
                 "init-only",
                 BOOL,

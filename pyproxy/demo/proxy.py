@@ -66,16 +66,18 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-async def healthy(lab: Lab, process: asyncio.subprocess.Process, log: Path) -> None:
+async def healthy(
+    lab: Lab, process: asyncio.subprocess.Process, log: Path, seconds: float = START_SECONDS
+) -> None:
     """Wait until the proxy says that it is healthy."""
     try:
-        async with asyncio.timeout(START_SECONDS):
+        async with asyncio.timeout(seconds):
             while await _health(lab) != 200:
                 if process.returncode is not None:
                     raise ProxyFailed(f"pyproxy ended with {process.returncode}:{tail(log)}")
                 await asyncio.sleep(0.05)
     except TimeoutError as error:
-        what = f"pyproxy was not healthy after {START_SECONDS:.0f} s"
+        what = f"pyproxy was not healthy after {seconds:.0f} s"
         raise ProxyFailed(f"{what}:{tail(log)}") from error
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_network
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from msgspec import Struct, field
 
@@ -92,12 +92,16 @@ class Served(NamedTuple):
     service: str
 
 
+KUBE_PROXY_TABLE: Final = "kube-proxy of nf_tables"  # how a leftover of its is told
+
+
 class Facts(Struct, frozen=True):
     """Everything that findings are made of. What is empty or None has not been looked at."""
 
     mode: str  # the one that runs, or is asked about
     node: str = ""
     is_running: bool = False  # a daemon answered
+    is_beside: bool = False  # another proxy serves the Services that this one does not
     families: tuple[Family, ...] = (4,)
     unsupported: Mapping[str, str | None] = field(default_factory=dict)  # by mode, why not
     sysctls: Mapping[str, str] = field(default_factory=dict)  # by path below /proc/sys

@@ -6,6 +6,7 @@ from typing import Final
 
 from pyproxy.doctor import parts
 from pyproxy.doctor.facts import (
+    KUBE_PROXY_TABLE,
     SEVERITIES,
     Facts,
     Finding,
@@ -231,6 +232,8 @@ def flavours(facts: Facts) -> Iterator[Finding]:
 
 
 def leftovers(facts: Facts) -> Iterator[Finding]:
+    if facts.is_beside:
+        return
     for what in facts.leftovers:
         yield Finding(
             "error" if facts.is_running else "note",
@@ -241,6 +244,20 @@ def leftovers(facts: Facts) -> Iterator[Finding]:
             "stop it on this node (delete DaemonSet and ConfigMap kube-proxy), then pyproxy cleanup"
             f" --keep={facts.mode}",
         )
+
+
+def beside(facts: Facts) -> Iterator[Finding]:
+    """What does not go with the other proxy, which serves the other Services."""
+    tables = [what for what in facts.leftovers if what.endswith(KUBE_PROXY_TABLE)]
+    if facts.is_beside and facts.mode == "userspace" and tables:
+        yield Finding(
+            "warning", "kube-proxy",
+            "connections of this node itself to our Services are dropped, unless their sockets are"
+            " balanced",
+            f"{' and '.join(tables)} drops what it does not know in the Services' ranges, after"
+            " rules of NAT, of which mode userspace has none",
+            "--proxy-mode=nftables",
+        )  # fmt: skip
 
 
 # --- limits, clock, API server --------------------------------------------------------------------
@@ -346,6 +363,6 @@ AT_START: Final[tuple[Check, ...]] = (
     forwarding, reverse_path, bridges, mtu, port_ranges, conntrack, files, ranges,
 )  # fmt: skip
 CHECKS: Final[tuple[Check, ...]] = (
-    parts.modes, parts.missing_parts, *AT_START, read_only, flavours, leftovers, shadows,
+    parts.modes, parts.missing_parts, *AT_START, read_only, flavours, leftovers, beside, shadows,
     clock, api, unseen,
 )  # fmt: skip

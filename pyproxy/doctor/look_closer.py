@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from pyproxy import proxier
 from pyproxy.config import Config
 from pyproxy.doctor import barriers
-from pyproxy.doctor.facts import Barrier, Facts, Link, Module, Served
+from pyproxy.doctor.facts import KUBE_PROXY_TABLE, Barrier, Facts, Link, Module, Served
 from pyproxy.doctor.look import CannotLookError, Looked, attempted
 from pyproxy.model import FAMILIES, Frontend
 from pyproxy.proxier import _capture, _iptc
@@ -134,7 +134,7 @@ def nft_tables() -> tuple[tuple[Barrier, ...], tuple[str, ...]]:
     for table in tables:
         family, name = table["family"], table["name"]
         if name == "kube-proxy":
-            left.append(f"table {family} kube-proxy of nf_tables")
+            left.append(f"table {family} {KUBE_PROXY_TABLE}")
         elif not name.startswith(TABLE_NAME) and not is_of_iptables(family, name):
             found += barriers.of_nft(nft("--terse", "list", "table", family, name))
     return tuple(found), tuple(left)

@@ -13,3 +13,4 @@ class Setup(Answer, frozen=True):
     pod_cidrs: tuple[str, ...]
     service_cidrs: tuple[str, ...]
     open_files: int
+    is_beside: bool = False

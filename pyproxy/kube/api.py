@@ -24,6 +24,7 @@ from pyproxy.kube.events import (
     Page,
     Refused,
 )
+from pyproxy.kube.objects import selector_of_services
 from pyproxy.kube.watch import ListPage, Request, Watch
 from pyproxy.model import Kind
 
@@ -68,27 +69,39 @@ class UnreachableError(Exception):
 
 
 async def connect(
-    kubeconfig: str, master: str = "", *, node: str, observe: Observe | None = None
+    kubeconfig: str,
+    master: str = "",
+    *,
+    node: str,
+    proxy_name: str = "",
+    observe: Observe | None = None,
 ) -> "KubeApi":
     """Return the API server that the configuration names. Raises ``SourceError``.
 
     It is not asked anything yet: it may well come up later than we do.
     """
     access = await open_access(kubeconfig, master)
-    return KubeApi(access, node=node, observe=observe, random=Random())
+    return KubeApi(access, node=node, proxy_name=proxy_name, observe=observe, random=Random())
 
 
 class KubeApi:
     """One API server, over one HTTP session."""
 
     def __init__(
-        self, access: Access, *, node: str, observe: Observe | None, random: Random
+        self,
+        access: Access,
+        *,
+        node: str,
+        proxy_name: str,
+        observe: Observe | None,
+        random: Random,
     ) -> None:
         self._access = access
         self._node = node
+        self._proxy_name = proxy_name
         self._observe = observe or _nobody_observes
         self._random = random
-        self._resources = _resources(node)
+        self._resources = _resources(node, proxy_name)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, socket_factory=_guarded_socket),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
@@ -146,7 +159,7 @@ class KubeApi:
                 async with asyncio.timeout(PAGE_SECONDS):
                     body = await response.read()
                 # Half a second for 500 full slices: not on the event loop.
-                return await asyncio.to_thread(decode_list, body, kind)
+                return await asyncio.to_thread(decode_list, body, kind, self._proxy_name)
             except (aiohttp.ClientError, OSError, DecodeError) as error:
                 raise UnreachableError(_words(error)) from error
 
@@ -169,7 +182,7 @@ class KubeApi:
                     return  # a line without an end was cut: the resumed watch brings it whole
                 lines, tail = split_lines(tail, chunk)
                 for line in lines:
-                    event = decode_event(line, kind)
+                    event = decode_event(line, kind, self._proxy_name)
                     is_list = is_list and not isinstance(event, Bookmark | Expired)
                     yield event
 
@@ -273,13 +286,13 @@ async def _read(response: aiohttp.ClientResponse, deadline: float) -> bytes:
 # --- requests -----------------------------------------------------------------------------------
 
 
-def _resources(node: str) -> dict[Kind, Resource]:
+def _resources(node: str, proxy_name: str) -> dict[Kind, Resource]:
     """Return what to ask for. The selection is the server's: most of it never reaches us."""
     return {
         "Service": Resource(
             "/api/v1/services",
             {
-                "labelSelector": "!service.kubernetes.io/service-proxy-name",
+                "labelSelector": selector_of_services(proxy_name),
                 "fieldSelector": "spec.clusterIP!=None",
             },
         ),

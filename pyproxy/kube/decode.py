@@ -46,13 +46,13 @@ class DecodeError(Exception):
     """Something is not what the API promises; the text names the object and the field."""
 
 
-def decode_event(line: bytes, kind: Kind) -> Event:
-    """Return what one line of a watch says."""
+def decode_event(line: bytes, kind: Kind, proxy_name: str = "") -> Event:
+    """Return what one line of a watch says. ``proxy_name`` tells whose Services are ours."""
     try:
         event = _event_decoder.decode(line)
         match event.type:
             case "ADDED" | "MODIFIED":
-                return _changed(_decoders[kind].decode(event.object), kind)
+                return _changed(_decoders[kind].decode(event.object), kind, proxy_name)
             case "DELETED":
                 metadata = _reference_decoder.decode(event.object).metadata
                 return Deleted(metadata.resource_version, _object_name(metadata, kind))
@@ -66,7 +66,7 @@ def decode_event(line: bytes, kind: Kind) -> Event:
         return _unreadable(line, kind, error)
 
 
-def decode_list(body: bytes, kind: Kind) -> Page:
+def decode_list(body: bytes, kind: Kind, proxy_name: str = "") -> Page:
     """Return a list, or a page of one. Its bad objects are among its errors."""
     try:
         listing = _list_decoder.decode(body)
@@ -77,7 +77,7 @@ def decode_list(body: bytes, kind: Kind) -> Page:
     errors: list[str] = []
     for item in listing.items or ():
         try:
-            event = _changed(decode(item), kind)
+            event = _changed(decode(item), kind, proxy_name)
         except (msgspec.MsgspecError, _NamelessError) as error:
             errors.append(_explain(error, kind, msgspec.json.decode(item)))
         else:
@@ -87,11 +87,12 @@ def decode_list(body: bytes, kind: Kind) -> Page:
     return Page(metadata.resource_version, metadata.continue_token, tuple(objects), tuple(errors))
 
 
-def decode_object(kind: Kind, mapping: object) -> ApiObject | Skipped:
+def decode_object(kind: Kind, mapping: object, proxy_name: str = "") -> ApiObject | Skipped:
     """Return the object that parsed YAML or JSON describes, or why it is none of ours."""
     try:
         # Not strict: who writes YAML by hand quotes a number now and then.
-        event = _changed(msgspec.convert(mapping, _WIRE_TYPES[kind], strict=False), kind)
+        obj = msgspec.convert(mapping, _WIRE_TYPES[kind], strict=False)
+        event = _changed(obj, kind, proxy_name)
     except (msgspec.MsgspecError, _NamelessError) as error:
         raise DecodeError(_explain(error, kind, mapping)) from error
     return event.obj if isinstance(event, Changed) else event
@@ -114,10 +115,10 @@ class _NamelessError(Exception):
     """An object without a name."""
 
 
-def _changed(obj: wire.Object, kind: Kind) -> Changed | Skipped:
+def _changed(obj: wire.Object, kind: Kind, proxy_name: str) -> Changed | Skipped:
     name = _object_name(obj.metadata, kind)
     version = obj.metadata.resource_version
-    reason = why_not_ours(obj)
+    reason = why_not_ours(obj, proxy_name)
     return Changed(version, build(name, obj)) if reason is None else Skipped(version, name, reason)
 
 

@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 DEFAULT_AFFINITY_SECONDS: Final = 10800
 MAX_AFFINITY_SECONDS: Final = 86400
+PROXY_NAME: Final = "service.kubernetes.io/service-proxy-name"
 DELETION_TAINT: Final = "ToBeDeletedByClusterAutoscaler"
 
 _NO_ANNOTATIONS: Final = wire.ServiceAnnotations()
@@ -61,20 +62,31 @@ def build(name: ObjectName, obj: wire.Object) -> ApiObject:
             return _service_cidr(name, obj)
 
 
-def why_not_ours(obj: wire.Object) -> str | None:
-    """Repeat what the API server selects for us: nobody selects in a file."""
+def selector_of_services(proxy_name: str) -> str:
+    """Return the labels of the Services that are ours; without a name, of those that have none."""
+    return f"{PROXY_NAME}={proxy_name}" if proxy_name else f"!{PROXY_NAME}"
+
+
+def why_not_ours(obj: wire.Object, proxy_name: str) -> str | None:
+    """Repeat what the API server selects for us: nobody selects in a file.
+
+    EndpointSlices are ours whatever their Service's label: it is copied to them late.
+    """
     match obj:
         case wire.Service():
-            return _why_not_our_service(obj.metadata.labels)
+            return _why_not_our_service(obj.metadata.labels, proxy_name)
         case wire.EndpointSlice():
             return _why_not_our_slice(obj.metadata.labels, obj.address_type)
         case wire.Node() | wire.ServiceCIDR():
             return None
 
 
-def _why_not_our_service(labels: wire.ServiceLabels | None) -> str | None:
-    if labels is not None and wire.is_set(labels.proxy_name):
-        return "it has the label service.kubernetes.io/service-proxy-name"
+def _why_not_our_service(labels: wire.ServiceLabels | None, proxy_name: str) -> str | None:
+    has_label = labels is not None and wire.is_set(labels.proxy_name)
+    if not proxy_name:
+        return f"it has the label {PROXY_NAME}" if has_label else None
+    if labels is None or labels.proxy_name != proxy_name:
+        return f"it has no label {PROXY_NAME}: {proxy_name}"
     return None
 
 

@@ -71,10 +71,14 @@ class Unreadable(NamedTuple):
 
 
 class Settings(Struct, frozen=True):
-    """The node's name, and one service range for each family that Services may have."""
+    """The node's name, and one service range for each family that Services may have.
+
+    ``proxy_name`` is the label of the Services that are ours; empty: of those that have none.
+    """
 
     node_name: str
     service_cidrs: tuple[Network, ...]
+    proxy_name: str = ""
 
     def families(self) -> tuple[Family, ...]:
         return tuple(network.version for network in self.service_cidrs)
@@ -185,11 +189,11 @@ def resolve(files: Mapping[str, Documents], memory: Memory, settings: Settings) 
     object that is there twice.
     """
     reading = read_objects(files, memory.homes)
-    builder = _Builder(reading)
-    services, granted = builder.services(memory.held, settings)
+    builder = _Builder(reading, settings.proxy_name)
+    drafts, services, granted = builder.services(memory.held, settings)
     return Resolved(
-        services=tuple(service for _, service in services),
-        slices=builder.slices([draft for draft, _ in services]),
+        services=services,
+        slices=builder.slices(drafts),
         node=builder.node(settings.node_name),
         service_cidrs=builder.service_cidrs(settings.service_cidrs),
         memory=Memory(granted, reading.homes()),
@@ -201,30 +205,36 @@ def resolve(files: Mapping[str, Documents], memory: Memory, settings: Settings) 
 class _Builder:
     """Makes the objects of one resolution; collects what is wrong with them on the way."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: Reading, proxy_name: str) -> None:
         self._objects = reading.objects
+        self._proxy_name = proxy_name
         self.faults: list[Fault] = []
         self.notes: list[str] = []
 
     def services(
         self, held: Mapping[Slot, int], settings: Settings
-    ) -> tuple[Sequence[tuple[ServiceDraft, Service]], Mapping[Slot, int]]:
-        """Return the Services with their drafts, and the numbers that they hold."""
+    ) -> tuple[Sequence[ServiceDraft], tuple[Service, ...], Mapping[Slot, int]]:
+        """Return the drafts that got numbers, the Services of them that are ours, and the numbers.
+
+        As from an API server, endpoints are told of whosever their Service is.
+        """
         families = settings.families()
         drafts = list(self._read("Service", lambda n, doc: read_service(n, doc, families)))
         wanted = {slot: n for _, draft in drafts for slot, n in draft.slots().items()}
         allocation = allocate(wanted, held, settings.bands())
-        services: list[tuple[ServiceDraft, Service]] = []
+        granted: list[ServiceDraft] = []
+        services: list[Service] = []
         for written, draft in drafts:
             refusal = draft.refusal(allocation)
             if refusal is not None:
                 self.faults.append(written.fault(refusal))
                 continue
             completed = complete(draft, allocation.granted)
+            granted.append(draft)
             service = self._decoded(written.place, Service, completed)
             if service is not None:
-                services.append((draft, service))
-        return services, allocation.granted
+                services.append(service)
+        return granted, tuple(services), allocation.granted
 
     def slices(self, drafts: Iterable[ServiceDraft]) -> tuple[EndpointSlice, ...]:
         """Return the slices made of Pods, then those that are written in the files."""
@@ -274,7 +284,7 @@ class _Builder:
 
     def _decoded(self, place: Place, expected: type[Obj], document: Document) -> Obj | None:
         try:
-            decoded = decode_object(_KINDS[expected], document)
+            decoded = decode_object(_KINDS[expected], document, self._proxy_name)
         except DecodeError as error:
             self.faults.append(place.fault(error))
             return None

@@ -58,10 +58,12 @@ class ManifestSource:
         node_name: str,
         service_cidrs: Sequence[str],
         poll_seconds: float = 1.0,
+        proxy_name: str = "",
     ) -> None:
         self._path = Path(path)
         self._poll_seconds = poll_seconds
-        self._manifests = Manifests(Settings(node_name, _one_of_each_family(service_cidrs)))
+        ranges = _one_of_each_family(service_cidrs)
+        self._manifests = Manifests(Settings(node_name, ranges, proxy_name))
         self._listing: Listing = {}
         self._contents: dict[str, Documents | Unreadable] = {}
         self._trouble: str | None = None

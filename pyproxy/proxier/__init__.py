@@ -6,7 +6,7 @@ A mode that is not chosen is never imported. Files that begin with ``_`` are sha
 import asyncio
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,7 +64,8 @@ class Mode(Protocol):
     async def cleanup(self, family: Family, config: Config, /, *, ours: bool = True) -> str | None:
         """Remove every trace of the mode and of its like in kube-proxy; return what went wrong.
 
-        Without ``ours``, remove only what kube-proxy alone can have left.
+        Without ``ours``, remove only what kube-proxy alone can have left. Beside another proxy,
+        what that one may have written stays.
         """
         ...
 
@@ -83,6 +84,6 @@ def load(name: str) -> Mode:
     return mode
 
 
-def best() -> str:
-    """Return the name of the first mode that this node supports."""
-    return next(name for name in modes() if load(name).unsupported() is None)
+def best(among: Collection[str] = PREFERENCE) -> str:
+    """Return the name of the first of some modes that this node supports."""
+    return next(n for n in modes() if n in among and load(n).unsupported() is None)

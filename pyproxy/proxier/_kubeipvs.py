@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import closing
 from ipaddress import ip_address
 
 from pyproxy.model import Family, Network
@@ -175,6 +176,15 @@ def remove_leftovers(family: Family, spared: tuple[Network, ...], *, ours: bool)
                 raise_errno(code)
     finally:
         netlink.close()
+
+
+def shown_addresses(family: Family) -> frozenset[str]:
+    """Return the addresses of one family on the device. Raises ``OSError``."""
+    index = index_of_device()
+    if not index:
+        return frozenset()
+    with closing(Netlink()) as netlink:
+        return frozenset(listed(netlink, family, index))
 
 
 def led_here(family: Family) -> set[str]:

@@ -3,7 +3,7 @@
 import asyncio
 from functools import partial
 
-from pyproxy.config import Config, masquerade_all, networks_of
+from pyproxy.config import Config, is_beside, masquerade_all, networks_of
 from pyproxy.model import Family
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import node_port_ips, pods_of
@@ -13,7 +13,7 @@ from pyproxy.proxier._nfnetlink import NfError
 from pyproxy.proxier._nftarget import NfTarget, delete_tables
 from pyproxy.proxier._tracked import Tracked, set_limits
 from pyproxy.reconcile import Proxier, Reconciler
-from pyproxy.rules import nft_base
+from pyproxy.rules import nft_base, nft_beside
 from pyproxy.rules.nft import Table
 from pyproxy.rules.nftables import Ruleset, compile_owner
 
@@ -27,22 +27,25 @@ def settled(config: Config) -> Config:
 
 
 def prepare(config: Config) -> tuple[str, ...]:
-    return set_limits(config)
+    return () if is_beside(config) else set_limits(config)
 
 
 def build(env: Env) -> Proxier:
     audit = Audit(env, partial(ruleset_for, env), nft_base.TABLE_NAME)
     counted = COUNTED[env.config.service_metrics]
-    target = NfTarget(partial(ruleset_for, env), audit.found, counted=counted)
+    base = nft_beside if is_beside(env.config) else nft_base
+    target = NfTarget(partial(ruleset_for, env), audit.found, base, counted)
     env.host.on_change(audit.look_around)
     env.tasks.create_task(audit.run(target), name=f"audit IPv{env.family}")
     compiled = partial(compile_owner, ruleset_for(env))  # owners look at its lasting part only
     return Tracked(Reconciler("nftables", env.family, compiled, target, env.clock), env)
 
 
-async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
+async def cleanup(family: Family, config: Config, *, ours: bool = True) -> str | None:
     """Delete kube-proxy's table, and ours, whichever process left them."""
-    names = ["kube-proxy", *([nft_base.TABLE_NAME] if ours else [])]
+    names = [nft_base.TABLE_NAME] if ours else []
+    if not is_beside(config):
+        names.append("kube-proxy")
     try:
         await asyncio.to_thread(delete_tables, [Table(family, name) for name in names])
     except (NfError, OSError) as error:
@@ -59,5 +62,8 @@ def ruleset_for(env: Env) -> Ruleset:
         pods=pods_of(env, "*"),
         masquerade_all=masquerade_all(config, "nftables"),
         node_port_ips=node_port_ips(env),
-        service_cidrs=networks_of(sorted(env.service_cidrs()), env.family),
+        # Beside another proxy, who knows which of their addresses a Service has.
+        service_cidrs=(
+            () if is_beside(config) else networks_of(sorted(env.service_cidrs()), env.family)
+        ),
     )

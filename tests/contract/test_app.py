@@ -7,12 +7,15 @@ from contextlib import asynccontextmanager
 from tempfile import mkdtemp
 
 import pytest
+from msgspec import structs
 
 from pyproxy import own_node
 from pyproxy.app import App, Fatal, Settings
+from pyproxy.commands._ask import Daemon
 from pyproxy.config import Config, Userspace
 from pyproxy.demo.expect import Reply
 from pyproxy.demo.traffic import ask, http_status, serve
+from pyproxy.explain import Explanation
 from pyproxy.feeds import ManifestFeed
 from pyproxy.manifests.source import ManifestSource
 from pyproxy.metrics import Metrics
@@ -113,6 +116,28 @@ async def test_it_serves_what_the_feed_tells_and_ends_in_peace_at_a_signal():
         assert await ask(opened(), front) == Reply("refused")
     assert feed.is_closed
     assert feed.events == [("Starting", "", False)]
+
+
+async def test_what_it_knows_from_the_disk_only_is_told_as_old_until_it_is_listed(tmp_path):
+    path = str(tmp_path / "control.sock")
+    front = Address(VIP, free_port())
+
+    async def remarks():
+        about = {"service": "default/web"}
+        answer = await asyncio.to_thread(Daemon(path).ask, "explain", Explanation, about)
+        return answer.remarks
+
+    async with pod() as backend:
+        services, slices = web(backend, front.port)
+        old = (structs.replace(change, as_of=1000.0) for change in (services, slices))
+        feed = FakeFeed(*old, Replace("Node", (HERE,)))
+        async with running(Proxy(feed, flags={"control_socket": path})):
+            await until(lambda: ask(opened(), front), Reply("ok", "pod-1", "127.0.0.1"))
+            (remark,) = await remarks()
+            assert "EndpointSlices, Services are as they were at 1970-01-01T00:16:40Z" in remark
+            feed.tell(services, slices)
+            await feed.taken_in()
+            assert await remarks() == ()
 
 
 async def test_it_is_alive_but_not_healthy_until_its_node_is_known():

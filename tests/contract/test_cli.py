@@ -11,8 +11,9 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from pyproxy import __version__
-from pyproxy.cli import resolved_mode
+from pyproxy import __version__, proxier
+from pyproxy.cli import allowed_modes, resolved_mode
+from pyproxy.config import Config
 
 # The event loop of the test is not that of the process: one will do.
 pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])
@@ -161,7 +162,19 @@ async def test_a_wrong_command_line_is_one_line(words, error):
 async def test_a_mode_that_is_not_built_is_refused_with_the_names_of_those_that_are():
     error = "mode: smoke is not part of this version; there is: .*userspace"
     with pytest.raises(LookupError, match=error):
-        resolved_mode("smoke")
+        resolved_mode(Config(mode="smoke"))
+
+
+async def test_a_node_with_a_proxy_beside_does_not_move():
+    outcome = await pyproxy("migrate", "--to=nftables", "--service-proxy-name=canary")
+    error = "migrate: serviceProxyName: a node moves as a whole; leave the name out"
+    assert outcome == one_line(error)
+
+
+async def test_beside_another_proxy_auto_is_a_mode_that_can_be():
+    names = allowed_modes(Config(service_proxy_name="canary"))
+    assert set(names) == set(proxier.modes()) - {"iptables", "ipvs"}
+    assert resolved_mode(Config(service_proxy_name="canary")) in names
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tests.builders import service
 from tests.fakes.feed import FakeFeed
 
 ORIGIN = "Node here of http://api"
+SAVED_AT = 1000.0
 HERE, WEB, API = Node("here"), service("web"), service("api")
 QUICK = Times(patience=0.05, delay=0.01)
 LISTS = {
@@ -20,12 +21,17 @@ LISTS = {
 }
 
 
+def known(kind):
+    """Return what the file says of a kind."""
+    return Replace(kind, LISTS[kind].objects, SAVED_AT)
+
+
 @contextlib.asynccontextmanager
 async def followed(folder, *changes, origin=ORIGIN):
     """Follow a feed that says these changes; what it passes on is in ``told``."""
     inner = FakeFeed(*changes)
     metrics = Metrics("userspace", (4,))
-    feed = RememberedFeed(inner, folder, origin, metrics, lambda: 1000.0)
+    feed = RememberedFeed(inner, folder, origin, metrics, lambda: SAVED_AT)
     feed.times = QUICK
     inner.told, inner.metrics = [], metrics
     async with asyncio.TaskGroup() as tasks:
@@ -52,7 +58,7 @@ async def test_a_start_without_the_server_goes_by_what_it_said_before(tmp_path):
         await until((tmp_path / "state").exists)
     async with followed(tmp_path) as feed:
         await until(lambda: len(feed.told) == len(KINDS))
-        assert feed.told == [LISTS[kind] for kind in KINDS]
+        assert feed.told == [known(kind) for kind in KINDS]
         assert stale_kinds(feed.metrics) == set(KINDS)
         fresh = Replace("Service", (API,))
         feed.tell(fresh)
@@ -67,7 +73,7 @@ async def test_what_the_server_says_in_time_is_not_replaced(tmp_path):
     fresh = Replace("Service", (API,))
     async with followed(tmp_path, fresh) as feed:
         await until(lambda: len(feed.told) == len(KINDS))
-        assert feed.told == [fresh, *(LISTS[kind] for kind in KINDS if kind != "Service")]
+        assert feed.told == [fresh, *(known(kind) for kind in KINDS if kind != "Service")]
 
 
 async def test_the_file_of_another_cluster_is_not_used(tmp_path, caplog):
@@ -92,7 +98,7 @@ async def test_the_last_change_before_the_end_is_kept(tmp_path):
         await feed.taken_in()
     async with followed(tmp_path) as feed:
         await until(lambda: len(feed.told) == len(KINDS))
-        assert feed.told[0] == Replace("Service", (WEB, API))
+        assert feed.told[0] == Replace("Service", (WEB, API), SAVED_AT)
 
 
 async def test_a_folder_that_cannot_be_is_a_warning(tmp_path, caplog):

@@ -231,6 +231,15 @@ async def test_the_server_selects_for_us(server, kind, resource, selection):
     )
 
 
+async def test_a_proxy_with_a_name_asks_for_the_services_that_have_it(server):
+    label = "service.kubernetes.io/service-proxy-name"
+    for name, labels in (("plain", {}), ("ours", {label: "canary"}), ("other", {label: "x"})):
+        put(server, name, metadata={"labels": labels})
+    async with following(server, proxy_name="canary") as mirror:
+        await mirror.becomes(ours="ClusterIP")
+    assert dict(server.asked[0].query)["labelSelector"] == f"{label}=canary"
+
+
 async def test_a_list_that_falls_silent_before_its_end_mark_is_left(server, monkeypatch):
     monkeypatch.setattr(kube_api, "LIST_SILENCE_SECONDS", 0.05)
     server.streams = "ignores"

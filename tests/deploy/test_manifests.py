@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pyproxy.config.check import warnings
 from pyproxy.config.file import load
 from tests.deploy.tools import (
     CHART,
@@ -115,6 +116,37 @@ def test_chart_and_component_agree_on_socket_lb(tmp_path):
     chart = rendered(API_SERVER, values="{mode: userspace, socketLB: {enabled: true}}")
     plain = kustomized(tmp_path, "mode-userspace", "socket-lb")
     assert ordered(compared(chart)) == ordered(compared(plain))
+
+
+def test_chart_and_component_agree_on_a_proxy_beside_another(tmp_path):
+    """Whose settings are one and the same, and the probes ask the port that they say."""
+    own = {
+        "serviceProxyName": "pyproxy",
+        "healthzBindAddress": "0.0.0.0:10356",
+        "metricsBindAddress": "127.0.0.1:10349",
+    }
+    chart = rendered(API_SERVER, values=yaml.safe_dump({"config": own}))
+    config = load(only("ConfigMap", chart)["data"]["config.conf"]).config
+    plain = kustomized(tmp_path, "beside")
+    words = [word.removeprefix("--") for word in container(plain)["args"]]
+    flags = dict(word.split("=") for word in words)
+    assert flags["service-proxy-name"] == config.service_proxy_name
+    assert flags["healthz-bind-address"] == config.healthz_bind_address
+    assert only("ConfigMap", plain)["data"]["METRICS_BIND_ADDRESS"] == config.metrics_bind_address
+    assert {probed(text) for text in (chart, plain)} == {(10356, 10356)}
+    assert not [told for told in warnings(config) if "give this one another" in told]
+
+
+def probed(text):
+    """Return the ports that the kubelet asks."""
+    probes = (container(text)[name] for name in ("livenessProbe", "readinessProbe"))
+    return tuple(probe["httpGet"]["port"] for probe in probes)
+
+
+@pytest.mark.parametrize("address", ["", "192.0.2.1", "::", "[::]:10256", "0.0.0.0:10256"])
+def test_the_chart_probes_the_usual_port_where_none_is_given(address):
+    values = yaml.safe_dump({"config": {"healthzBindAddress": address}})
+    assert probed(rendered(API_SERVER, values=values)) == (10256, 10256)
 
 
 def ordered(spec):

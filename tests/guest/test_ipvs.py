@@ -22,6 +22,7 @@ from pyproxy.model import (
 )
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.proxier import load
+from pyproxy.proxier._ipvsdrain import in_use
 from pyproxy.proxier._ipvsnl import Busy, Ipvs
 from pyproxy.proxier._vips import RULE_PRIORITY
 from pyproxy.rules.ipvs import Destination, Server
@@ -306,6 +307,27 @@ async def test_what_kube_proxy_left_goes_and_other_things_stay(family, ipvs):
     assert await load("ipvs").cleanup(family, Config(), ours=False) is None
     assert "kube-ipvs0" not in output_of("ip", "link")
     assert ipvs.servers(ours=False).keys() == set(others)
+
+
+async def test_what_kube_proxy_left_stays_while_it_has_connections(family, ipvs):
+    web = Frontend(VIP[family].format(9), 80, "TCP")
+    place, backend = Address(web.ip, web.port), Address(POD[family]["b"], lab.PORT)
+    on_device = lab.address(web.ip, "kube-ipvs0", lab.BITS[family])
+    lab.batch("link add kube-ipvs0 type dummy", "link set kube-ipvs0 up", on_device)
+    output_of("ipvsadm", "-A", "-t", str(place), "-s", "rr")
+    output_of("ipvsadm", "-a", "-t", str(place), "-r", str(backend), "-m")
+    async with lab.pods(family, "TCP"):
+        client = Client("a", *place, "TCP", None)
+        await client.connect()
+        assert in_use(family, ()) == {web}
+        assert {a: found.weight for a, found in ipvs.destinations(web).items()} == {backend: 0}
+        assert (await client.say()).pod == "b"
+        client.abort()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while in_use(family, ()):  # noqa: ASYNC110 - the kernel tells nobody
+                await asyncio.sleep(0.1)
+    assert not ipvs.servers(ours=False)
+    assert await load("ipvs").cleanup(family, Config()) is None
 
 
 async def test_what_others_made_in_excluded_ranges_stays_with_its_address(family, ipvs):

@@ -3,11 +3,11 @@
 Written from what its tables look like, for the addresses that ``moves`` asks.
 """
 
-from pyproxy.demo.cluster import CLUSTER_CIDRS, POD_PORT, PODS
+from pyproxy.demo.cluster import CLUSTER_CIDRS, POD_PORT, PODS, SERVICE_CIDRS
 
 SERVICES = {"CLUSTER": ("10.96.0.12", 8080), "BALANCER": ("198.18.0.10", 80)}
 NODE_PORT = 30080
-PODS_CIDR = CLUSTER_CIDRS[0]
+PODS_CIDR, SERVICES_CIDR = CLUSTER_CIDRS[0], SERVICE_CIDRS[0]
 ENDPOINTS = [pod.ips[0] for pod in PODS]
 
 
@@ -88,6 +88,11 @@ table ip kube-proxy {{
   chain nat-prerouting {{ type nat hook prerouting priority -100; jump services; }}
   chain nat-output {{ type nat hook output priority -100; jump services; }}
   chain nat-postrouting {{ type nat hook postrouting priority 100; jump masquerading; }}
+  chain cluster-ips-check {{ ip daddr {SERVICES_CIDR} drop; }}
+  chain filter-forward {{
+    type filter hook forward priority 0; ct state new jump cluster-ips-check; }}
+  chain filter-output {{
+    type filter hook output priority 0; ct state new jump cluster-ips-check; }}
 }}
 """
 
@@ -96,3 +101,27 @@ BY_MODE = {
     "kube-iptables": (("iptables-restore", "--noflush"), iptables()),
     "kube-nftables": (("nft", "-f", "-"), nftables()),
 }
+
+
+def leaves(mode, name):
+    """Return the command that takes the rules of a Service's address out of the packets' way."""
+    ip, port = SERVICES[name]
+    if mode == "kube-nftables":
+        element = f"{{ {ip} . tcp . {port} }}"
+        return ("nft", "delete", "element", "ip", "kube-proxy", "service-ips", element)
+    return ("iptables", "-t", "nat", "-D", "KUBE-SERVICES", *matching(name))
+
+
+def returns(mode, name):
+    """Return the command that puts them back."""
+    ip, port = SERVICES[name]
+    if mode == "kube-nftables":
+        element = f"{{ {ip} . tcp . {port} : goto service-{name} }}"
+        return ("nft", "add", "element", "ip", "kube-proxy", "service-ips", element)
+    return ("iptables", "-t", "nat", "-I", "KUBE-SERVICES", "1", *matching(name))
+
+
+def matching(name):
+    ip, port = SERVICES[name]
+    match = f"-d {ip}/32 -p tcp -m tcp --dport {port} -j KUBE-SVC-{name}"
+    return match.split()

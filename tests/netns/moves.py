@@ -19,9 +19,18 @@ from pyproxy.demo.proxy import arguments, healthy, running
 from tests.netns import kube_rules
 
 NODE = NODES[0].name
-MOST_SECONDS = 90
-ROUNDS = 30  # of each client, between two steps
-PAUSE_SECONDS = 0.01
+
+
+class Speed(NamedTuple):
+    """What can be asked of a machine."""
+
+    rounds: int = 30  # of each client, between two steps
+    pause_seconds: float = 0.01  # of each client, between two connections
+    answer_seconds: float = 3.0
+    most_seconds: float = 90.0  # for a step
+
+
+SPEEDS = {"fast": Speed(), "slow": Speed(4, 1.0, 30.0, 600.0)}
 CLIENTS = {
     "pod to cluster IP": (SHELL.name, "10.96.0.12", 8080),
     "node to cluster IP": (NODE, "10.96.0.12", 8080),
@@ -32,6 +41,10 @@ CLIENTS6 = {
     "pod to cluster IP, IPv6": (SHELL.name, "fd00:10:96::12", 8080),
     "node to cluster IP, IPv6": (NODE, "fd00:10:96::12", 8080),
 }
+OWN_TABLES = (" pyproxy", " pyproxy-ipvs", " kube-proxy")
+NAME = "canary"
+MOVING = "my-nginx"  # the Service of the cluster IP, as another proxy's name for it is CLUSTER
+NOBODY = ("nobody-home", "10.96.0.14", 80)  # a Service without endpoints
 BLOCK = (  # nobody but pods reaches the cluster IP that a probe from the node asks
     "table inet block { chain c { type filter hook output priority -150;"
     " ip daddr 10.96.0.12 drop; }; }"
@@ -57,8 +70,9 @@ class Ended(NamedTuple):
 class Traffic:
     """Clients that make a connection after another, and one each that stays for ever."""
 
-    def __init__(self, lab, clients):
+    def __init__(self, lab, clients, speed):
         self._lab = lab
+        self._speed = speed
         self._clients = clients
         self.made = dict.fromkeys(clients, 0)
         self.kept = dict.fromkeys(clients, 0)
@@ -94,9 +108,9 @@ class Traffic:
 
     async def more(self):
         """Wait until everybody has got through some more, or has failed."""
-        aims = {name: count + ROUNDS for name, count in self.made.items()}
-        kept = {name: count + ROUNDS for name, count in self.kept.items()}
-        async with asyncio.timeout(MOST_SECONDS):
+        aims = {name: count + self._speed.rounds for name, count in self.made.items()}
+        kept = {name: count + self._speed.rounds for name, count in self.kept.items()}
+        async with asyncio.timeout(self._speed.most_seconds):
             while not self.failures and not self.lost:
                 made = all(self.made[name] >= aims[name] for name in aims)
                 if made and all(self.kept[name] >= kept[name] for name in kept):
@@ -107,24 +121,24 @@ class Traffic:
         namespace, ip, port = self._clients[name]
         while True:
             try:
-                async with asyncio.timeout(3):
+                async with asyncio.timeout(self._speed.answer_seconds):
                     opened = await self._connected(namespace, ip, port)
                     await said(opened)
                     opened.close()
             except OSError as error:  # which a TimeoutError is
                 self.failures.append(f"{name}: {error!r}")
             self.made[name] += 1
-            await asyncio.sleep(PAUSE_SECONDS)
+            await asyncio.sleep(self._speed.pause_seconds)
 
     async def _long(self, name):
         opened = None
         try:
             opened = await self._connected(*self._clients[name])
             while True:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(3 * self._speed.answer_seconds):
                     await said(opened)
                 self.kept[name] += 1
-                await asyncio.sleep(PAUSE_SECONDS)
+                await asyncio.sleep(self._speed.pause_seconds)
         except OSError as error:
             self.lost.append(f"{name}: {error!r}")
         finally:
@@ -158,12 +172,14 @@ async def echo(reader, writer):
 class Scene:
     """The lab, its pods, and the manifests of what is in it."""
 
-    def __init__(self, lab, folder):
+    def __init__(self, lab, folder, speed):
         self.lab = lab
+        self._speed = speed
         self.folder = Path(folder)
         manifests = self.folder / "manifests"
         manifests.mkdir()
-        Manifests(manifests, service_objects(ipv6=lab.ipv6), PODS)
+        self._services = service_objects(ipv6=lab.ipv6)
+        Manifests(manifests, self._services, PODS)
         self.manifests = manifests
 
     async def pods(self):
@@ -188,9 +204,9 @@ class Scene:
         if command[0] == "migrate":
             words = tuple(w for w in words if w not in ("--proxy-mode", mode))
         async with running(self.lab, words, log, program) as process:
-            await healthy(self.lab, process, log)
+            await healthy(self.lab, process, log, self._speed.most_seconds)
             last = "after the removal" if command[0] == "migrate" else '"serving"'
-            async with asyncio.timeout(MOST_SECONDS):
+            async with asyncio.timeout(self._speed.most_seconds):
                 while last not in log.read_text():  # noqa: ASYNC110 - another process writes it
                     await asyncio.sleep(0.1)
             yield log
@@ -205,14 +221,37 @@ class Scene:
             stderr=asyncio.subprocess.STDOUT,
             preexec_fn=lambda: self.lab.enter(NODE),
         )  # fmt: skip
-        async with asyncio.timeout(MOST_SECONDS):
+        async with asyncio.timeout(self._speed.most_seconds):
             output, _ = await process.communicate()
         return Ended(process.returncode, output.decode())
+
+    def label(self, *names):
+        """Give the label of a proxy to these Services, and to no others."""
+        label = {"service.kubernetes.io/service-proxy-name": NAME}
+        services = [
+            {**s, "metadata": {**s["metadata"], "labels": label}}
+            if s["metadata"]["name"] in names else s
+            for s in self._services
+        ]  # fmt: skip
+        Manifests(self.manifests, services, PODS)
+
+    def serves(self, mode):
+        """Say whether our rules, by their mode, have the address of the Service that moves."""
+        commands = {
+            "nftables": ("nft", "list", "map", "ip", "pyproxy", "service-ips"),
+            "userspace": ("ip", "route", "show", "table", "local", "proto", "98"),
+        }
+        return CLIENTS["pod to cluster IP"][1] in self.on_node(*commands[mode])
+
+    async def until(self, is_so):
+        async with asyncio.timeout(self._speed.most_seconds):
+            while not is_so():  # noqa: ASYNC110 - the kernel tells nobody
+                await asyncio.sleep(0.1)
 
     def rules(self):
         """Return what there is of each mode's rules on the node, by its names."""
         nft = self.on_node("nft", "list", "tables").split("\n")
-        tables = [name for name in nft if name.endswith((" pyproxy", " kube-proxy"))]
+        tables = [name for name in nft if name.endswith(OWN_TABLES)]
         chains = "KUBE-SERVICES" in self.on_node("iptables-save", "-t", "nat")
         return sorted({*tables, *(["iptables"] if chains else [])})
 
@@ -230,14 +269,14 @@ class Scene:
         return output
 
 
-async def found_out(lab, story, old, new, folder):
+async def found_out(lab, story, old, new, folder, speed):
     """Move from an old mode to a new one, and return what became of connections."""
-    scene = Scene(lab, folder)
+    scene = Scene(lab, folder, speed)
     servers = await scene.pods()
     clients = CLIENTS | (CLIENTS6 if lab.ipv6 and not old.startswith("kube") else {})
     if story == "blocked":
         clients = {name: client for name, client in clients.items() if client[0] != NODE}
-    traffic = Traffic(lab, clients)
+    traffic = Traffic(lab, clients, speed)
     if "userspace" in (old, new):
         scene.on_node("nft", "-f", "-", text=CNI)
     try:
@@ -308,6 +347,47 @@ async def left(scene, traffic, old, new):
     return ended
 
 
+async def beside(scene, traffic, old, new):
+    """A Service goes to a proxy with a name, beside the one that has the others, and back.
+
+    Nobody looks after kube-proxy's rules here: they go when ours are there, and come back a second
+    after the label has gone, which is how often it writes.
+    """
+    await begin(scene, old)
+    command = ("run", f"--service-proxy-name={NAME}")
+    async with traffic.flowing(), scene.proxy(new, command) as log:
+        await traffic.more()
+        if old == "kube-nftables":  # as where ours were there first: of two, the later looks first
+            again = f"delete table ip kube-proxy;{kube_rules.nftables()}"
+            scene.on_node("nft", "-f", "-", text=again)
+        scene.label(MOVING, NOBODY[0])
+        await scene.until(lambda: scene.serves(new))
+        scene.on_node(*kube_rules.leaves(old, "CLUSTER"))
+        await traffic.more()
+        refused = await refusal(scene.lab, SHELL.name, *NOBODY[1:])
+        scene.label()
+        await asyncio.sleep(1)
+        assert scene.serves(new), "it stays until the other has begun"
+        scene.on_node(*kube_rules.returns(old, "CLUSTER"))
+        await scene.until(lambda: not scene.serves(new))
+        await traffic.more()
+    scene.on_node(sys.executable, "-m", "pyproxy", "cleanup", command[1])
+    return Ended(0, f"{refused}\n{log.read_text()}")
+
+
+async def refusal(lab, namespace, ip, port):
+    """Return the name of what a connection fails with."""
+    opened = lab.socket(namespace, ip)
+    try:
+        async with asyncio.timeout(2):
+            await asyncio.get_running_loop().sock_connect(opened, (ip, port))
+    except OSError as error:  # which a TimeoutError is
+        return type(error).__name__
+    finally:
+        opened.close()
+    return "connected"
+
+
 async def blocked(scene, traffic, old, new):
     """A move that fails when the old rules are silent: nobody but its probe notices."""
     await begin(scene, old)
@@ -321,14 +401,21 @@ async def blocked(scene, traffic, old, new):
     return ended
 
 
-STORIES = {"moved": moved, "entered": entered, "left": left, "blocked": blocked}
+STORIES = {
+    "moved": moved,
+    "entered": entered,
+    "left": left,
+    "beside": beside,
+    "blocked": blocked,
+}
 
 
-def main(story, old, new):
+def main(story, old, new, speed="fast"):
     isolate()
     lab = Lab()
     with TemporaryDirectory(prefix="pyproxy-move-") as folder:
-        print(json.dumps(asyncio.run(found_out(lab, story, old, new, folder))))  # noqa: T201
+        found = asyncio.run(found_out(lab, story, old, new, folder, SPEEDS[speed]))
+        print(json.dumps(found))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import pytest
 
 pytestmark = pytest.mark.root
 
-LIMIT_SECONDS = 240
-# Mode ipvs needs a kernel that has it.
+LIMIT_SECONDS = {"fast": 240, "slow": 900}
+# Mode ipvs needs a kernel that has it: see tests/guest.
 MOVES = [
     ("moved", "kube-iptables", "iptables"),
     ("moved", "kube-iptables", "nftables"),
@@ -24,21 +24,27 @@ MOVES = [
     ("left", "userspace", "iptables"),
     ("left", "userspace", "nftables"),
 ]
+BESIDE = [
+    ("kube-iptables", "nftables"),
+    ("kube-nftables", "nftables"),
+    ("kube-iptables", "userspace"),
+]
 FAILING = [("kube-iptables", "nftables"), ("kube-nftables", "nftables"), ("nftables", "iptables")]
 RULES = {
     "iptables": ["iptables"],
     "nftables": ["table ip pyproxy", "table ip6 pyproxy"],
     "userspace": [],
+    "ipvs": ["table ip pyproxy-ipvs", "table ip6 pyproxy-ipvs"],
     "kube-iptables": ["iptables"],
     "kube-nftables": ["table ip kube-proxy"],
 }
 
 
-def told(*move):
-    words = [sys.executable, "-m", "tests.netns.moves", *move]
+def told(story, old, new, speed="fast"):
+    words = [sys.executable, "-m", "tests.netns.moves", story, old, new, speed]
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as process:
-        output, errors = process.communicate(timeout=LIMIT_SECONDS)
+        output, errors = process.communicate(timeout=LIMIT_SECONDS[speed])
     if process.returncode and "Unavailable" in errors and not os.environ.get("CI"):
         pytest.skip(errors.strip().splitlines()[-1])
     assert process.returncode == 0, errors
@@ -52,6 +58,14 @@ def test_nothing_is_lost_on_the_way(story, old, new):
     assert (found["failures"], found["lost"]) == ([], [])
     assert min(found["made"].values()) > 60
     assert found["rules"] == RULES[new]
+
+
+@pytest.mark.parametrize(("old", "new"), BESIDE, ids=[f"{o} and {n}" for o, n in BESIDE])
+def test_a_service_goes_to_the_proxy_beside_and_back(old, new):
+    found = told("beside", old, new)
+    assert (found["failures"], found["lost"]) == ([], [])
+    assert found["output"].startswith("ConnectionRefusedError\n")
+    assert found["rules"] == RULES[old], "after a cleanup of ours"
 
 
 @pytest.mark.parametrize(("old", "new"), FAILING, ids=[f"{o} to {n}" for o, n in FAILING])

@@ -15,6 +15,18 @@ def config_with(**settings):
 
 CASES = [
     (
+        {"service_proxy_name": "a b"},
+        'serviceProxyName: "a b" is not what a label can have for a value',
+    ),
+    (
+        {"service_proxy_name": "a", "mode": "iptables"},
+        "serviceProxyName: mode iptables cannot be beside another proxy: its chains are kube-proxy's own",
+    ),
+    (
+        {"service_proxy_name": "a", "mode": "ipvs"},
+        "serviceProxyName: mode ipvs cannot be beside another proxy: kube-proxy removes virtual servers that it does not know",
+    ),
+    (
         {"feature_gates": {"NFTablesProxyMode": False}},
         "featureGates: NFTablesProxyMode is always true and cannot be changed",
     ),
@@ -202,6 +214,7 @@ def test_what_is_wrong_is_named(settings, problems):
     "settings",
     [
         pytest.param({}, id="nothing given"),
+        pytest.param({"service_proxy_name": "a.b-c_1", "mode": "nftables"}, id="beside another"),
         pytest.param({"mode": "userspace"}, id="pyproxy's own mode"),
         pytest.param({"mode": "ipvs", "ipvs__scheduler": "mh"}, id="schedulers are probed later"),
         pytest.param({"healthz_bind_address": ""}, id="E104 no health server"),

@@ -7,6 +7,7 @@ from pyproxy.kube.events import Skipped
 from pyproxy.model import ObjectName, Service, SpecPort, WeightRule
 
 WEB = ObjectName("default", "web")
+PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 
 
 def service(metadata=None, status=None, **spec):
@@ -217,10 +218,23 @@ def test_bad_annotations_are_warnings_and_leave_the_defaults():
 
 @pytest.mark.parametrize("value", ["", "other", None])
 def test_a_service_of_another_proxy_is_skipped_whatever_the_label_says(value):
-    labels = {"service.kubernetes.io/service-proxy-name": value}
+    labels = {PROXY_NAME: value}
     assert service(metadata={"labels": labels, "resourceVersion": "7"}) == Skipped(
-        "7", WEB, "it has the label service.kubernetes.io/service-proxy-name"
+        "7", WEB, f"it has the label {PROXY_NAME}"
     )
+
+
+@pytest.mark.parametrize("labels", [{}, {PROXY_NAME: ""}, {PROXY_NAME: "canary-2"}, None])
+def test_a_proxy_with_a_name_skips_what_has_another(labels):
+    mapping = {"metadata": {"name": "web", "labels": labels}, "spec": {}}
+    assert decode_object("Service", mapping, "canary") == Skipped(
+        "", WEB, f"it has no label {PROXY_NAME}: canary"
+    )
+
+
+def test_a_proxy_with_a_name_takes_what_has_it():
+    mapping = {"metadata": {"name": "web", "labels": {PROXY_NAME: "canary"}}, "spec": {}}
+    assert decode_object("Service", mapping, "canary") == Service(WEB)
 
 
 def test_numbers_in_quotes_are_read_from_manifests():

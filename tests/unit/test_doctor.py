@@ -15,6 +15,7 @@ SCTP = Served(Frontend("10.96.0.11", 9, "SCTP"), "default/signals")
 BRIDGE = Link("cni0", "bridge", 1450, networks=("10.244.1.1/24",))
 PORT = Link("veth1", "veth", 1450, master="cni0", hairpin=True)
 CARD = Link("eth0", mtu=1500, networks=("192.0.2.11/24",))
+BESIDE = "table ip kube-proxy of nf_tables"
 SOUND = Facts(
     "nftables",
     node="node-a",
@@ -118,6 +119,10 @@ TUNNEL = replace(
         pytest.param(
             replace(SOUND, leftovers=("process 7, kube-proxy",), is_running=False), "note",
             "kube-proxy", "is, or was, at work", id="kube-proxy is at work, and we are not",
+        ),
+        pytest.param(
+            replace(SOUND, mode="userspace", is_beside=True, leftovers=(BESIDE,)), "warning",
+            "kube-proxy", BESIDE, id="its table drops what the node sends to us",
         ),
         pytest.param(
             replace(SOUND, tracked=Tracked(800, 1000, (("default/web", 700),))), "warning",
@@ -274,6 +279,13 @@ def test_sctp_matters_where_a_service_has_it():
             id="userspace needs no rules at bridges",
         ),
         pytest.param(replace(SOUND, leftovers=()), id="nothing is left"),
+        pytest.param(
+            replace(SOUND, is_beside=True, leftovers=(BESIDE,)), id="kube-proxy is to be there"
+        ),
+        pytest.param(
+            replace(SOUND, mode="userspace", is_beside=True, leftovers=("3 chains",)),
+            id="chains of iptables drop nothing",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_no_harm_is_not_told(facts):

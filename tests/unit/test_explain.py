@@ -416,6 +416,17 @@ def test_an_address_of_ip_mode_proxy_that_the_annotation_gives_to_this_node_is_o
     assert "198.18.0.2:80/TCP" in [f.frontend for f in found.frontends]
 
 
+@pytest.mark.parametrize(
+    "query", [{"service": "default/web"}, {"to": "10.96.0.1:80"}, {"to": "10.9.9.9:80"}]
+)
+def test_what_is_known_from_the_disk_only_is_said_to_be_old(query):
+    old = view(*web(THERE))._replace(as_of={"Service": 1000.0, "EndpointSlice": 990.0})
+    assert explain(old, query).remarks == (
+        "the API server is away: EndpointSlices, Services are as they were at "
+        "1970-01-01T00:16:30Z, from the state on disk",
+    )
+
+
 def test_what_was_wrong_with_a_service_is_repeated():
     assert remarks(web(here(1), warnings=("spec.x: odd",))) == ("spec.x: odd",)
 

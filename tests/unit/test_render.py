@@ -36,6 +36,21 @@ def test_without_objects_a_mode_still_has_what_is_always_there(mode):
     assert rules_text(mode, {}, Settings("here")) != ""
 
 
+def test_beside_another_proxy_filters_look_first_and_leave_the_unknown_to_it():
+    cidrs = [
+        {"kind": "ServiceCIDR", "metadata": {"name": "c"}, "spec": {"cidrs": ["10.96.0.0/16"]}}
+    ]
+    objects = resolved(*cidrs, service()).objects()
+    alone, beside = (
+        rules_text("nftables", objects, Settings("here", Config(service_proxy_name=name), (4,)))
+        for name in ("", "canary")
+    )
+    assert "hook forward priority 0" in alone
+    assert "10.96.0.0/16 drop" in alone
+    assert "hook forward priority -1" in beside
+    assert "10.96.0.0/16 drop" not in beside
+
+
 def test_a_table_of_listeners_tells_who_is_treated_otherwise():
     web = service(
         type="LoadBalancer",

@@ -85,3 +85,8 @@ env:
 {{ toYaml . }}
 {{- end }}
 {{- end }}
+
+{{- define "pyproxy.healthPort" -}}
+{{- $given := regexFind "^([^:]*|\\[.*\\]):[0-9]+$" (.Values.config.healthzBindAddress | default "") -}}
+{{ regexFind "[0-9]+$" $given | default 10256 }}
+{{- end }}
