@@ -17,12 +17,14 @@ from pyproxy.demo.traffic import ask
 from pyproxy.explain import Explanation
 from pyproxy.listing import Routes, Verification
 from pyproxy.model import Address
+from pyproxy.traffic import TrafficCounts
 from tests.netns.stage import folder_of, isolated, staged
 
 REQUESTS = 12
 SILENCE_SECONDS = 0.5
 NODE_IP = NODES[0].machine.ips[0]
 BEYOND = {"timed out"}, {"unreachable"}  # the lab has no load balancer
+REASONS = ("rejected", "dropped", "denied")
 RESULTS = {
     "forward": ({"ok"},),
     "reject": ({"refused"},),
@@ -71,6 +73,17 @@ def destination(frontend):
     where = frontend.partition("/")[0]
     host, _, port = where.rpartition(":")
     return Address(NODE_IP if host == "node" else host.strip("[]"), int(port))
+
+
+async def refusals(stage):
+    """Return which reasons not to forward each Service has had, as they are counted."""
+    daemon = Daemon(str(stage.socket))
+    answer = await asyncio.to_thread(daemon.ask, "traffic", TrafficCounts, {})
+    return {
+        f"{row.namespace}/{row.service}": reasons
+        for row in answer.items
+        if (reasons := [name for name in REASONS if getattr(row, name)])
+    }
 
 
 async def verdicts(stage):
@@ -164,6 +177,7 @@ async def told(lab, mode, folder):
         return {
             "disagreements": disagreements,
             "count": count,
+            "refusals": await refusals(stage),
             "verdicts": await verdicts(stage),
             "commands": {name: await stage.command(*words) for name, words in WORDS.items()},
             "waited": await changed(stage),

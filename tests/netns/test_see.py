@@ -33,6 +33,15 @@ def test_explain_and_traffic_agree(told):
     assert told["count"] > 400
 
 
+def test_what_is_not_forwarded_is_counted_by_the_reason(told):
+    assert told["refusals"] == {
+        "default/fenced": ["denied"],
+        "default/nobody-home": ["rejected"],
+        "shop/apart": ["dropped"],
+        "shop/inner": ["dropped"],
+    }
+
+
 def test_the_kernel_or_our_sockets_hold_what_was_written(told):
     assert len(told["verdicts"]) > 8
     verdicts = {f"{name} {f[0]}": f[1:] for name, found in told["verdicts"].items() for f in found}
