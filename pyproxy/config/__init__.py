@@ -360,6 +360,19 @@ def local_cidr(config: Config, family: Family, node: Node | None) -> Network | N
     return next(iter(networks_of(cidrs, family)), None)
 
 
+def local_pods(
+    config: Config, family: Family, node: Node | None, any_suffix: str
+) -> Network | str | None:
+    """Return what rules recognise local pods by: a range, or an interface (perhaps a pattern)."""
+    match config.detect_local_mode:
+        case "BridgeInterface":
+            return config.detect_local.bridge_interface
+        case "InterfaceNamePrefix":
+            return f"{config.detect_local.interface_name_prefix}{any_suffix}"
+        case _:
+            return local_cidr(config, family, node)
+
+
 def cluster_cidrs(config: Config) -> tuple[str, ...]:
     return tuple(config.cluster_cidr.split(",")) if config.cluster_cidr else ()
 

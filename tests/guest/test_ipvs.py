@@ -384,13 +384,14 @@ async def test_what_is_refused_is_counted_by_the_reason(family, config):
     )
     async with node(family, counting, local) as proxy:
         assert await lab.ask("a", VIP[family].format(1), 80, "TCP") == "refused"
-        proxy.lane.change(endpoints(family, "far", node="elsewhere"))
-        await proxy.observer.next()
+        tally = Tally()
+        tally.take(await proxy.carrier.counters(by_endpoint=False), by_endpoint=False)
+        await proxy.change(endpoints(family, "far", node="elsewhere"))
         for source in (CLIENT[family], STRANGER[family]):
             seconds = lab.SILENCE_SECONDS
             assert await lab.ask("outside", lb, 80, source=source, seconds=seconds) == "silent"
         reading = await proxy.carrier.counters(by_endpoint=False)
-        found = Tally().take(reading, by_endpoint=False)[Where(owner("web"))]
+        found = tally.take(reading, by_endpoint=False)[Where(owner("web"))]
         assert min(found.rejected, found.dropped, found.denied) >= 1
 
 

@@ -80,6 +80,32 @@ def test_wait_sees_a_service_go_and_come_back(told):
     assert [told["waited"][name][0] for name in ("gone", "back")] == [0, 0]
 
 
+def test_what_is_written_differs_in_nothing_from_what_the_same_files_would_make(told):
+    code, output, errors = told["differences"]["same"]
+    assert (code, errors) == (0, "")
+    assert json.loads(output)["entries"] == []
+
+
+def test_diff_tells_the_connections_that_a_stricter_policy_ends(told):
+    code, output, _ = told["differences"]["local"]
+    found = json.loads(output)
+    assert code == 1
+    assert {item["service"] for item in found["items"]} == {"default/my-nginx-svc"}
+    if told["mode"] == "userspace":  # it relays: the kernel has nothing to keep
+        assert found["ending"] == 0
+    else:
+        assert 0 < found["ending"] < found["flows"]
+
+
+def test_diff_tells_the_entries_that_would_be_written(told):
+    local, moved = (json.loads(told["differences"][name][1]) for name in ("local", "moved"))
+    kinds = {"nftables": "service-ips", "iptables": "nat chain", "userspace": "listener"}
+    assert kinds[told["mode"]] in {entry["kind"] for entry in local["entries"]}
+    assert {entry["change"] for entry in moved["entries"]} == {"added", "removed"}
+    text = told["differences"]["text"][1]
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
 def test_explain_tells_what_somebody_else_has_changed(told):
     code, output, errors = told["tampered"]["explain"]
     assert (code, errors) == (0, "")
