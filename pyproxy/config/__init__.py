@@ -194,6 +194,7 @@ class Config(Struct, frozen=True, rename=file_name):
     port_range: str = ""
     service_metrics: str = "off"  # pyproxy's own: what is counted apart
     cloud_annotations: str = ""  # pyproxy's own: the cloud whose annotations count
+    programmed_annotation_period_seconds: Seconds = 0.0  # pyproxy's own, of the Node; 0: never
     windows_run_as_service: bool = False
 
 

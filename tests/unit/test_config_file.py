@@ -91,7 +91,13 @@ windowsRunAsService: false
 
 
 # Which kube-proxy does not have.
-OWN = {"cloudAnnotations", "serviceMetrics", "ipvs.bindAddresses", "ipvs.drainTimeout"}
+OWN = {
+    "cloudAnnotations",
+    "programmedAnnotationPeriod",
+    "serviceMetrics",
+    "ipvs.bindAddresses",
+    "ipvs.drainTimeout",
+}
 
 
 def test_the_file_of_kubeadm_is_read_unchanged():
