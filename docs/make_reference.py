@@ -48,6 +48,7 @@ This page is made from the code: `python -m docs.make_reference`.
 FLAG_HEAD = "| flag | field of the file | meaning |\n|---|---|---|\n"
 OWN = (
     "cloudAnnotations",
+    "programmedAnnotationPeriod",
     "serviceMetrics",
     "serviceProxyName",
     "ipvs.bindAddresses",

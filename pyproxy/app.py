@@ -6,12 +6,14 @@ import logging
 import signal
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
+from random import Random
 from typing import Protocol
 
 from msgspec import Struct
 
 from pyproxy import proxier
 from pyproxy.aftermath import clean_up_after_others
+from pyproxy.announcement import keep_announcing, text_of
 from pyproxy.cache import Cache
 from pyproxy.config import (
     Config,
@@ -78,6 +80,10 @@ class Feed(Protocol):
         self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None
     ) -> None:
         """Record an Event about this node, or about a Service. Failures are logged."""
+        ...
+
+    async def annotate(self, annotations: Mapping[str, str]) -> str | None:
+        """Put annotations on this node's Node; return why that cannot be."""
         ...
 
     async def aclose(self) -> None: ...
@@ -222,6 +228,10 @@ class App:
             ports = self._health_ports(tasks, ips)
             running.create_task(ports.keep(self._synced), name="health ports")
             running.create_task(self._settle(), name="settle")
+            if period := self._settings.config.programmed_annotation_period_seconds:
+                current = partial(text_of, self._settings.config.mode, self._lanes)
+                announcing = keep_announcing(current, self._feed.annotate, period, Random().random)
+                running.create_task(announcing, name="announce")
 
     async def _look_around(self) -> None:
         """Tell what is wrong with this node, where that is seen at a glance."""

@@ -1,7 +1,7 @@
 """What another configuration, mode or set of objects would change of this node's routes.
 
-Both sides are sheets of routes, as ``pyproxy get routes`` has them: what is compared is what
-becomes of connections, and not how a mode writes it.
+Both sides are sheets of routes, as ``pyproxy get routes`` has them, and what is compared is what
+becomes of connections; beside that, the entries in which each mode writes it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from pyproxy.listing import EndpointRow, RouteRow
 from pyproxy.view import Answer
+from pyproxy.written import Entries, EntryRow
 
 Kind = Literal["added", "removed", "changed"]
 FIELDS = (
@@ -34,6 +35,7 @@ class RouteChange(Answer, frozen=True):
     service: str  # NAMESPACE/NAME:PORT, that of after if it is another one
     fields: tuple[FieldChange, ...] = ()
     flows: int | None = None  # tracked connections that it has now; null: nobody could look
+    ending: int | None = None  # those of them that would not go on
 
 
 class EndpointChange(Answer, frozen=True):
@@ -44,6 +46,17 @@ class EndpointChange(Answer, frozen=True):
     address: str
 
 
+class EntryChange(Answer, frozen=True):
+    """An entry that a mode would add, change or remove."""
+
+    change: Kind
+    family: int
+    kind: str
+    name: str
+    before: str = ""
+    after: str = ""
+
+
 class RouteChanges(Answer, frozen=True):
     """The answer of ``pyproxy diff`` about another configuration."""
 
@@ -52,10 +65,13 @@ class RouteChanges(Answer, frozen=True):
     mode_after: str
     items: tuple[RouteChange, ...]
     endpoints: tuple[EndpointChange, ...] = ()
+    entries: tuple[EntryChange, ...] | None = ()  # null: what is written now is not known
+    flows: int | None = None  # tracked connections of all that changes, and those that would end
+    ending: int | None = None
 
     @property
     def is_equal(self) -> bool:
-        changes = (*self.items, *self.endpoints)
+        changes = (*self.items, *self.endpoints, *(self.entries or ()))
         return not changes and self.mode_before == self.mode_after
 
 
@@ -95,6 +111,35 @@ def endpoint_changes(
 
 def used(rows: Iterable[EndpointRow]) -> set[tuple[str, str]]:
     return {(owner_of(row), row.address) for row in rows if row.used}
+
+
+def entry_changes(before: Entries, after: Entries) -> tuple[EntryChange, ...] | None:
+    """Return what would be written otherwise; None where nobody knows what is written."""
+    old, new = {f.family: f.entries for f in before.families}, after.families
+    if any(old.get(family.family, ()) is None or family.entries is None for family in new):
+        return None
+    return tuple(
+        change
+        for family in new
+        for change in changed_entries(
+            family.family, contents(old.get(family.family)), contents(family.entries)
+        )
+    )
+
+
+def changed_entries(
+    family: int, old: dict[tuple[str, str], str], new: dict[tuple[str, str], str]
+) -> Iterator[EntryChange]:
+    for key in sorted(old.keys() | new.keys()):
+        was, will = old.get(key), new.get(key)
+        if was == will:
+            continue
+        kind: Kind = "added" if was is None else "removed" if will is None else "changed"
+        yield EntryChange(kind, family, *key, was or "", will or "")
+
+
+def contents(rows: Iterable[EntryRow] | None) -> dict[tuple[str, str], str]:
+    return {(row.kind, row.name): row.content for row in rows or ()}
 
 
 def field_changes(was: RouteRow, will: RouteRow) -> Iterator[FieldChange]:

@@ -16,7 +16,8 @@ class Counts(Struct, frozen=True, gc=False):
 
     connections: int | None = None  # new ones; of UDP, new flows
     rejected: int | None = None  # packets that were refused: nobody serves
-    dropped: int | None = None  # packets that were dropped likewise
+    dropped: int | None = None  # packets that a traffic policy leaves without an answer
+    denied: int | None = None  # packets that were dropped for their source: no range has it
     packets_in: int | None = None
     packets_out: int | None = None
     bytes_in: int | None = None

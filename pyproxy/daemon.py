@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from pyproxy.config import Config, gate, is_beside
 from pyproxy.control import LiveQuestion
@@ -13,18 +13,26 @@ from pyproxy.doctor.look import open_files
 from pyproxy.doctor.setup import Setup
 from pyproxy.ip import is_loopback
 from pyproxy.lane import Lane
-from pyproxy.listing import DifferenceRow, Verification, VerifiedFamily
 from pyproxy.metrics import Metrics
 from pyproxy.model import Family, Kind, ObjectName
 from pyproxy.plan import Site
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import node_port_ips, surroundings
 from pyproxy.reconcile import ApplyError, Proxier, Verified
+from pyproxy.rules.entries import entries
 from pyproxy.rules.listeners import Surroundings
 from pyproxy.service_metrics import MOST_ROWS, ServiceMetrics
 from pyproxy.topology import Place
 from pyproxy.traffic import TrafficCounts, asked_rows, wants_endpoints
 from pyproxy.view import FamilyView, Query, QueryError, View, asked_service
+from pyproxy.written import (
+    DifferenceRow,
+    Entries,
+    EntryRow,
+    FamilyEntries,
+    Verification,
+    VerifiedFamily,
+)
 
 ATTEMPTS: Final = 20  # to look between two syncs
 PAUSE_SECONDS: Final = 0.05
@@ -90,6 +98,7 @@ class Daemon:
         """Return what is asked about more than the state, by its path."""
         return {
             "verify": self._verify,
+            "entries": self._entries,
             "audit": self._audit,
             "setup": self._setup,
             "traffic": self._traffic,
@@ -124,6 +133,21 @@ class Daemon:
             self.view().service(name)
         found = [await self._verified(lane, name) for lane in self._lanes]
         return Verification(self._config.mode, tuple(found))
+
+    async def _entries(self, _query: Query) -> Entries:
+        """Return what is written for each family."""
+        found = [await self._written(lane) for lane in self._lanes]
+        return Entries(self._config.mode, tuple(found))
+
+    async def _written(self, lane: Lane) -> FamilyEntries:
+        for _attempt in range(ATTEMPTS):
+            _env, carrier = self._carriers.get(lane.family, (None, None))
+            items = carrier.written() if carrier is not None else None
+            if items is not None:
+                rows = await asyncio.to_thread(entry_rows, lane.family, items)
+                return FamilyEntries(lane.family, rows)
+            await asyncio.sleep(PAUSE_SECONDS)
+        return FamilyEntries(lane.family, None)
 
     async def _audit(self, query: Query) -> Verification:
         """Have all that was written compared, and put right unless ``repair=false``."""
@@ -175,6 +199,10 @@ def tell_of_many(count: int) -> None:
         "metrics have the busiest Services or endpoints only, and the others as one",
         extra={"count": count, "shown": MOST_ROWS},
     )
+
+
+def entry_rows(family: Family, items: Mapping[Any, Any]) -> tuple[EntryRow, ...]:
+    return tuple(EntryRow(*entry) for entry in entries(family, items))
 
 
 def compared(lane: Lane, found: Verified) -> VerifiedFamily:

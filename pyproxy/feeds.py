@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 
@@ -88,6 +88,9 @@ class KubeFeed:
         kind = "Warning" if warning else "Normal"
         await self._api.create_event(reason, message, regarding, type=kind, action=action)
 
+    async def annotate(self, annotations: Mapping[str, str]) -> str | None:
+        return await self._api.annotate_node(annotations)
+
     async def aclose(self) -> None:
         await self._api.aclose()
 
@@ -119,6 +122,9 @@ class ManifestFeed:
         level = logging.WARNING if warning else logging.INFO
         about = str(service) if service is not None else "node"
         log.log(level, reason, extra={"about": about, "problem": message})
+
+    async def annotate(self, annotations: Mapping[str, str]) -> str | None:
+        return "there is no API server, whose Nodes have annotations"
 
     async def aclose(self) -> None:
         pass

@@ -1,7 +1,7 @@
 """Serves a Service a little longer that is not ours any more: another proxy has to begin first."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from pyproxy.app import Feed
@@ -36,6 +36,9 @@ class LingeringFeed:
         self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None
     ) -> None:
         await self._feed.record(reason, message, warning=warning, action=action, service=service)
+
+    async def annotate(self, annotations: Mapping[str, str]) -> str | None:
+        return await self._feed.annotate(annotations)
 
     async def aclose(self) -> None:
         await self._feed.aclose()

@@ -352,31 +352,3 @@ def conflict_rows(view: View, service: Service) -> Iterator[Conflict]:
 
 def conflicts(view: View, items: Sequence[Conflict]) -> Conflicts:
     return Conflicts(view.node, tuple(items))
-
-
-# --- what is really there -------------------------------------------------------------------------
-
-
-class DifferenceRow(Answer, frozen=True):
-    """An entry of the kernel, or a socket of ours, that is not as it was written."""
-
-    entry: str
-    wanted: str | None
-    held: str | None  # null: there is none
-
-
-class VerifiedFamily(Answer, frozen=True):
-    """What one family's entries for a Service are like."""
-
-    family: int
-    verdict: str  # agrees, differs, unknown
-    entries: int
-    differences: tuple[DifferenceRow, ...] = ()
-    problem: str = ""  # why it is unknown
-
-
-class Verification(Answer, frozen=True):
-    """The answer of ``/v1/verify``."""
-
-    mode: str
-    families: tuple[VerifiedFamily, ...]

@@ -8,7 +8,7 @@ connection meets one of the two, and established ones go on as connection tracki
 import argparse
 import asyncio
 import socket
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from pyproxy import proxier
@@ -69,6 +69,9 @@ class QuietFeed:
         self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None
     ) -> None:
         pass
+
+    async def annotate(self, annotations: Mapping[str, str]) -> str | None:
+        return None
 
     async def aclose(self) -> None:
         await self._feed.aclose()

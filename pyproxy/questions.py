@@ -6,7 +6,7 @@ A daemon answers them on its socket, and a command that is given files answers t
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from pyproxy import explain, listing
+from pyproxy import explain, listing, planned
 from pyproxy.model import Service
 from pyproxy.view import Answer, Query, Question, View, asked_services
 
@@ -32,6 +32,7 @@ SHEETS: Final[Mapping[str, Sheet]] = {
     "services": Sheet(listing.service_rows, listing.services),
     "endpoints": Sheet(listing.endpoint_rows, listing.endpoints),
     "routes": Sheet(listing.route_rows, listing.routes),
+    "plan": Sheet(planned.plan_rows, planned.plans),
     "conflicts": Sheet(listing.conflict_rows, listing.conflicts),
 }
 OTHERS: Final[Mapping[str, Question]] = {"status": listing.status, "explain": explain.explain}

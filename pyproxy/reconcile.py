@@ -1,7 +1,7 @@
 """Keep one target equal to the plan: the loop that every mode shares."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
@@ -91,6 +91,7 @@ class Proxier(Protocol):
 
     async def sync(self, plan: Plan, changed: Owners) -> SyncReport: ...
     def distrust(self) -> None: ...
+    def written(self) -> Mapping[Any, Any] | None: ...
     async def verify(self, owners: Owners) -> Verified | None: ...
     async def counters(self, *, by_endpoint: bool) -> Reading | None: ...
     async def clear(self) -> None: ...
@@ -105,6 +106,9 @@ class Outer:
 
     def distrust(self) -> None:
         self._inner.distrust()
+
+    def written(self) -> Mapping[Any, Any] | None:
+        return self._inner.written()
 
     async def verify(self, owners: Owners) -> Verified | None:
         return await self._inner.verify(owners)
@@ -197,6 +201,12 @@ class Reconciler(Generic[K, V]):
         A sync that is under way may have looked already: it is not the next one.
         """
         self._doubted = True
+
+    def written(self) -> Mapping[K, V] | None:
+        """Return what was written for all owners; None while a sync runs, and after a failure."""
+        if self._written is None:
+            return None
+        return {k: v for state in self._written.values() for k, v in state.items()}
 
     async def verify(self, owners: Owners) -> Verified | None:
         """Ask the target whether it holds what was written for owners.

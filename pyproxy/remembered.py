@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +55,9 @@ class RememberedFeed:
         self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None
     ) -> None:
         await self._feed.record(reason, message, warning=warning, action=action, service=service)
+
+    async def annotate(self, annotations: Mapping[str, str]) -> str | None:
+        return await self._feed.annotate(annotations)
 
     async def aclose(self) -> None:
         if self._changed.is_set() and not self._stale and self._fresh:

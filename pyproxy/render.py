@@ -5,10 +5,11 @@ Offline, the node has the addresses that its manifest gives it, and no others.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -16,7 +17,7 @@ from msgspec.structs import replace
 from pyproxy.config import (
     Config,
     is_beside,
-    local_cidr,
+    local_pods,
     masquerade_all,
     networks_of,
     node_port_cidrs,
@@ -30,26 +31,34 @@ from pyproxy.manifests.source import SUFFIXES
 from pyproxy.manifests.text import ManifestTextError, documents_of
 from pyproxy.model import (
     FAMILIES,
-    Action,
     ApiObject,
     Family,
-    Forward,
     Kind,
     Network,
     Node,
-    Pass,
     PortPlan,
-    Route,
     ServiceCIDR,
     family_of,
 )
 from pyproxy.offline import family_view, node_in
 from pyproxy.plan import Plan
-from pyproxy.rules import iptables, iptables_file, ipvs, ipvs_base, nft_base, nft_beside, nft_file
+from pyproxy.reconcile import CompileOwner
+from pyproxy.rules import (
+    iptables,
+    iptables_file,
+    ipvs,
+    ipvs_base,
+    listeners,
+    nft_base,
+    nft_beside,
+    nft_file,
+)
 from pyproxy.rules import ipvs_text as ipvs_file
-from pyproxy.rules.listeners import stance
+from pyproxy.rules.entries import entries
+from pyproxy.rules.listeners_text import treatments
 from pyproxy.rules.nft_affinity import Content
 from pyproxy.rules.nftables import Item, Ruleset, compile_owner
+from pyproxy.written import Entries, EntryRow, FamilyEntries
 
 STDIN = "-"
 DEFAULT_MODE = "nftables"
@@ -73,6 +82,7 @@ class Settings(Struct, frozen=True):
     node_name: str
     config: Config = Config()
     families: tuple[Family, ...] = FAMILIES
+    own_ips: frozenset[str] | None = None  # of the node's interfaces; None: those of its Node
 
 
 class Scene(NamedTuple):
@@ -83,6 +93,7 @@ class Scene(NamedTuple):
     config: Config
     node: Node
     service_cidrs: tuple[str, ...]
+    own_ips: frozenset[str]  # of the node, in this family
 
 
 class ListenerRow(NamedTuple):
@@ -223,6 +234,7 @@ def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]
         if isinstance(obj, ServiceCIDR)
         for cidr in obj.cidrs
     }
+    own = node.ips if settings.own_ips is None else settings.own_ips
     return tuple(
         Scene(
             family,
@@ -230,6 +242,7 @@ def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]
             config,
             node,
             tuple(sorted(cidrs)),
+            frozenset(ip for ip in own if family_of(ip) == family),
         )
         for family in settings.families
     )
@@ -237,6 +250,19 @@ def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]
 
 def by_owner(plan: Plan) -> list[PortPlan]:
     return [plan.ports[owner] for owner in sorted(plan.ports)]
+
+
+def entries_of(mode: str, objects: Objects, settings: Settings) -> Entries:
+    """Return the entries that a mode would have for the objects."""
+    made = []
+    for scene in scenes(mode, objects, settings):
+        compiled = COMPILERS[mode](scene)
+        items: dict[Any, Any] = {}
+        for port in by_owner(scene.plan):
+            items |= compiled(port, {})
+        rows = tuple(EntryRow(*entry) for entry in entries(scene.family, items))
+        made.append(FamilyEntries(scene.family, rows))
+    return Entries(mode, tuple(made))
 
 
 def nftables_text(found: Iterable[Scene]) -> str:
@@ -260,17 +286,16 @@ def nft_ruleset(scene: Scene) -> Ruleset:
     return Ruleset(
         family=family,
         mark=1 << block.masquerade_bit,
-        pods=local_cidr(config, family, scene.node),
+        pods=local_pods(config, family, scene.node, "*"),
         masquerade_all=masquerade_all(config, config.mode),
-        node_port_ips=None if ranges is None else serving(scene.node, family, ranges),
+        node_port_ips=None if ranges is None else serving(scene, ranges),
         service_cidrs=() if is_beside(config) else networks_of(scene.service_cidrs, family),
     )
 
 
-def serving(node: Node, family: Family, ranges: Sequence[Network]) -> tuple[str, ...]:
+def serving(scene: Scene, ranges: Sequence[Network]) -> tuple[str, ...]:
     """Return the addresses that serve node ports: the node's, and any that is named by itself."""
-    known = {ip for ip in node.ips if family_of(ip) == family}
-    inside = {ip for ip in known if any(ip_address(ip) in network for network in ranges)}
+    inside = {ip for ip in scene.own_ips if any(ip_address(ip) in network for network in ranges)}
     single = {str(n.network_address) for n in ranges if n.num_addresses == 1}
     return tuple(sorted(ip for ip in inside | single if not ip_address(ip).is_loopback))
 
@@ -294,9 +319,9 @@ def iptables_ruleset(scene: Scene) -> iptables.Ruleset:
     return iptables.Ruleset(
         family=family,
         mark=1 << config.iptables.masquerade_bit,
-        pods=local_cidr(config, family, scene.node),
+        pods=local_pods(config, family, scene.node, "+"),
         masquerade_all=masquerade_all(config, "iptables"),
-        node_port_ips=None if ranges is None else serving(scene.node, family, ranges),
+        node_port_ips=None if ranges is None else serving(scene, ranges),
         localhost_node_ports=localhost,
     )
 
@@ -318,8 +343,9 @@ def ipvs_text(found: Iterable[Scene]) -> str:
 def ipvs_ruleset(scene: Scene) -> ipvs.Ruleset:
     config, family = scene.config, scene.family
     ranges = node_port_cidrs(config, family, scene.node.ips) or ()
-    own = tuple(sorted(ip for ip in scene.node.ips if family_of(ip) == family))
-    node_ips = serving(scene.node, family, ranges) if ranges else own
+    addresses = map(ip_address, sorted(scene.own_ips))
+    own = tuple(str(ip) for ip in addresses if not (ip.is_loopback or ip.is_link_local))
+    node_ips = serving(scene, ranges) if ranges else own
     table = replace(nft_ruleset(scene), node_port_ips=node_ips)
     return ipvs.Ruleset(table, node_ips, config.ipvs.scheduler or ipvs.FALLBACK)
 
@@ -330,55 +356,22 @@ def listeners_table(found: Iterable[Scene]) -> str:
     for scene in found:
         for port in by_owner(scene.plan):
             for route in port.routes:
-                rows += listener_rows(str(port.owner), route)
+                where = str(port.owner), str(route.frontend)
+                rows += [ListenerRow(*where, *row) for row in treatments(route)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "".join(f"{line(row, widths)}\n" for row in rows)
-
-
-def listener_rows(owner: str, route: Route) -> Iterator[ListenerRow]:
-    """Yield a row for each group of origins that are treated alike."""
-    where = str(route.frontend)
-    if stance(route) == "refuse":
-        yield ListenerRow(owner, where, "everybody", "refuse", "")
-        return
-    groups: dict[tuple[str, str], list[str]] = {}
-    actions = {"pods": route.from_pod, "the node": route.from_node, "others": route.from_outside}
-    for origin, action in actions.items():
-        groups.setdefault((verb_of(action), backends_text(action)), []).append(origin)
-    within = ""
-    if route.allowed_sources is not None:
-        within = f" in {', '.join(map(str, route.allowed_sources))}"
-    for (verb, backends), origins in groups.items():
-        whom = "everybody" if len(groups) == 1 else ", ".join(origins)
-        among = "" if verb == "pass by" else within
-        yield ListenerRow(owner, where, f"{whom}{among}", verb, backends)
-    if within:
-        yield ListenerRow(owner, where, "everybody else", "silent", "")
-
-
-def verb_of(action: Action) -> str:
-    match action:
-        case Forward():
-            return "serve"
-        case Pass():
-            return "pass by"
-        case _:
-            return "silent"
-
-
-def backends_text(action: Action) -> str:
-    if not isinstance(action, Forward):
-        return ""
-    return ", ".join(
-        f"{backend.address}" if backend.weight == 1 else f"{backend.address} x{backend.weight}"
-        for backend in action.pool.backends
-    )
 
 
 def line(row: ListenerRow, widths: Sequence[int]) -> str:
     return "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
+COMPILERS: Mapping[str, Callable[[Scene], CompileOwner[Any, Any]]] = {
+    "nftables": lambda scene: partial(compile_owner, nft_ruleset(scene)),
+    "iptables": lambda scene: partial(iptables.compile_owner, iptables_ruleset(scene)),
+    "ipvs": lambda scene: partial(ipvs.compile_owner, ipvs_ruleset(scene)),
+    "userspace": lambda scene: listeners.compile_owner,
+}
 RENDERERS: Mapping[str, Callable[[Sequence[Scene]], str]] = {
     "nftables": nftables_text,
     "iptables": iptables_text,

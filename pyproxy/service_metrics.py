@@ -16,25 +16,29 @@ ENDPOINT: Final = (*SERVICE, "endpoint")
 
 
 class Row(NamedTuple):
-    """A metric, and the fields of ``Counts`` that it has; the label tells them apart."""
+    """A metric, and the fields of ``Counts`` that it has; the labels tell them apart."""
 
     name: str
     help: str
-    fields: Mapping[str, str]  # of Counts, to the label's value
-    label: str = ""
+    fields: Mapping[str, tuple[str, ...]]  # of Counts, to the values of the labels
+    labels: tuple[str, ...] = ()
 
 
-BOTH_WAYS: Final = "direction"
+BOTH_WAYS: Final = ("direction",)
 ROWS: Final = (
-    Row("connections_total", "New connections, and flows of UDP", {"connections": ""}),
+    Row("connections_total", "New connections, and flows of UDP", {"connections": ()}),
     Row(
         "refused_packets_total",
-        "Packets that no endpoint was there for",
-        {"rejected": "reject", "dropped": "drop"},
-        "action",
+        "Packets that were not forwarded",
+        {
+            "rejected": ("reject", "no_endpoint"),
+            "dropped": ("drop", "traffic_policy"),
+            "denied": ("drop", "source_ranges"),
+        },
+        ("action", "reason"),
     ),
-    Row("packets_total", "Packets", {"packets_in": "in", "packets_out": "out"}, BOTH_WAYS),
-    Row("bytes_total", "Bytes", {"bytes_in": "in", "bytes_out": "out"}, BOTH_WAYS),
+    Row("packets_total", "Packets", {"packets_in": ("in",), "packets_out": ("out",)}, BOTH_WAYS),
+    Row("bytes_total", "Bytes", {"bytes_in": ("in",), "bytes_out": ("out",)}, BOTH_WAYS),
 )
 
 
@@ -101,18 +105,17 @@ def seated(rows: Traffic, before: Traffic, most: int) -> dict[Where, Counts]:
 
 def family(kind: str, row: Row) -> CounterMetricFamily:
     names = SERVICE if kind == "service" else ENDPOINT
-    label = (row.label,) if row.label else ()
     of = "of a Service's port" if kind == "service" else "to an endpoint"
     return CounterMetricFamily(
-        f"pyproxy_{kind}_{row.name}", f"{row.help} {of}", labels=(*names, *label)
+        f"pyproxy_{kind}_{row.name}", f"{row.help} {of}", labels=(*names, *row.labels)
     )
 
 
 def put(made: CounterMetricFamily, row: Row, values: tuple[str, ...], counts: Counts) -> None:
-    for field, label in row.fields.items():
+    for field, added in row.fields.items():
         value = getattr(counts, field)
         if value is not None:
-            made.add_metric((*values, *((label,) if label else ())), value)
+            made.add_metric((*values, *added), value)
 
 
 def labels(where: Where) -> tuple[str, ...]:

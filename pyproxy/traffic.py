@@ -22,6 +22,7 @@ class CountRow(Answer, frozen=True):
     packets_out: int | None = None
     bytes_in: int | None = None
     bytes_out: int | None = None
+    denied: int | None = None
 
 
 class TrafficCounts(Answer, frozen=True):

@@ -21,7 +21,8 @@ from pyproxy.model import FAMILIES, ApiObject, Change, Family, Kind, Remove, Rep
 from pyproxy.offline import Objects, view_of
 from pyproxy.questions import QUESTIONS, VERSION
 from pyproxy.settings import file_text, loaded
-from pyproxy.view import Answer, Complaint, NotThereError, QueryError, View
+from pyproxy.view import Answer, Complaint, NotThereError, QueryError
+from pyproxy.written import Entries
 
 SOCKET_SECONDS = 30.0
 LIST_SECONDS = 60.0
@@ -89,19 +90,31 @@ class Files:
 
     is_live = False
 
-    def __init__(self, view: View, config: Config) -> None:
-        self.view = view
+    def __init__(self, objects: Objects, config: Config, mode: str, node: str) -> None:
+        self.own_ips: frozenset[str] | None = None  # of the node, where they are known
+        self.objects = objects
         self.config = config
+        self.view = view_of(objects, config, mode, node, FAMILIES)
 
     def ask(self, question: str, kind: type[A], query: Mapping[str, str]) -> A:
-        if question not in QUESTIONS:
-            raise CommandError(f"{question}: only a running pyproxy knows; leave out -f")
+        answer: Answer
         try:
-            answer = QUESTIONS[question](self.view, query)
+            if question == "entries":
+                answer = self._entries()
+            elif question in QUESTIONS:
+                answer = QUESTIONS[question](self.view, query)
+            else:
+                raise CommandError(f"{question}: only a running pyproxy knows; leave out -f")
         except (QueryError, NotThereError) as error:
             raise CommandError(str(error)) from error
         assert isinstance(answer, kind), "the table of questions says so"
         return answer
+
+    def _entries(self) -> Entries:
+        from pyproxy.render import Settings, entries_of
+
+        settings = Settings(self.view.node, self.config, own_ips=self.own_ips)
+        return entries_of(self.view.mode, self.objects, settings)
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -168,7 +181,7 @@ def source(options: Options, files: Sequence[str]) -> Source:
         objects = of_files(files, node, options.service_cidr, config)
     else:
         objects = asyncio.run(of_server(options, config, node))
-    return Files(view_of(objects, config, mode, node, FAMILIES), config)
+    return Files(objects, config, mode, node)
 
 
 def of_files(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pyproxy.commands import CommandError
 from pyproxy.commands._ask import as_json, parsed, parser, show, tell
 from pyproxy.commands.diff import TROUBLE, family_text, verdict
-from pyproxy.listing import Verification
+from pyproxy.written import Verification
 
 
 def main(words: Sequence[str]) -> int:

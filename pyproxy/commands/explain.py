@@ -7,8 +7,8 @@ from pyproxy.commands import CommandError
 from pyproxy.commands._ask import Source, as_json, parsed, parser, service_named, show
 from pyproxy.commands._table import WIDTH, shortened, table
 from pyproxy.explain import Case, Explanation, FrontendCases, Share
-from pyproxy.listing import Verification, VerifiedFamily
 from pyproxy.view import Answer
+from pyproxy.written import Verification, VerifiedFamily
 
 MARGIN = "  "
 ORIGINS = {"pod": "pods", "node": "the node", "outside": "outside"}

@@ -22,6 +22,7 @@ COLUMNS: Mapping[str, str] = {
     "bytes_out": "B OUT/s",
     "rejected": "REJECTS/s",
     "dropped": "DROPS/s",
+    "denied": "DENIED/s",
 }
 STEPS = ("", "k", "M", "G", "T", "P")
 

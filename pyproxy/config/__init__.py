@@ -197,6 +197,7 @@ class Config(Struct, frozen=True, rename=file_name):
     service_metrics: str = "off"  # pyproxy's own: what is counted apart
     cloud_annotations: str = ""  # pyproxy's own: the cloud whose annotations count
     service_proxy_name: str = ""  # pyproxy's own: the label of the only Services to serve
+    programmed_annotation_period_seconds: Seconds = 0.0  # pyproxy's own, of the Node; 0: never
     windows_run_as_service: bool = False
 
 
@@ -369,6 +370,19 @@ def local_cidr(config: Config, family: Family, node: Node | None) -> Network | N
     elif config.detect_local_mode == "NodeCIDR" and node is not None:
         cidrs = node.pod_cidrs
     return next(iter(networks_of(cidrs, family)), None)
+
+
+def local_pods(
+    config: Config, family: Family, node: Node | None, any_suffix: str
+) -> Network | str | None:
+    """Return what rules recognise local pods by: a range, or an interface (perhaps a pattern)."""
+    match config.detect_local_mode:
+        case "BridgeInterface":
+            return config.detect_local.bridge_interface
+        case "InterfaceNamePrefix":
+            return f"{config.detect_local.interface_name_prefix}{any_suffix}"
+        case _:
+            return local_cidr(config, family, node)
 
 
 def cluster_cidrs(config: Config) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ _NOT_NEGATIVE: Final = (
     "conntrack.udp_stream_timeout_seconds",
     "userspace.drain_timeout_seconds",
 )
+SHORTEST_ANNOTATION_SECONDS: Final = 5.0  # each node writes; the API server has the sum
 _NOT_NEGATIVE_IN_IPVS: Final = (
     "ipvs.tcp_timeout_seconds",
     "ipvs.tcp_fin_timeout_seconds",
@@ -192,6 +193,10 @@ def _own_problems(config: Config) -> Iterator[str]:
         yield f"serviceMetrics: {_not_one_of(config.service_metrics, SERVICE_METRICS)}"
     if config.cloud_annotations not in CLOUDS:
         yield f"cloudAnnotations: {_not_one_of(config.cloud_annotations, CLOUDS[1:])}"
+    period = config.programmed_annotation_period_seconds
+    if period and period < SHORTEST_ANNOTATION_SECONDS:
+        shortest = duration_text(SHORTEST_ANNOTATION_SECONDS)
+        yield f"programmedAnnotationPeriod: {duration_text(period)} is less than {shortest}"
 
 
 def _beside_problems(config: Config) -> Iterator[str]:

@@ -56,6 +56,13 @@ OWN: Final = Group(
             f"label. Modes {' and '.join(MODES_BESIDE)}.",
             placeholder="NAME",
         ),
+        Flag(
+            "programmed-annotation-period",
+            DURATION,
+            "programmed_annotation_period_seconds",
+            "How often, at most, to write on this Node how far its Services are programmed; "
+            "0 is never. It takes another RBAC rule.",
+        ),
         Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
     ),
 )

@@ -38,6 +38,7 @@ WATCH_GRACE_SECONDS: Final = 15.0
 LIST_SILENCE_SECONDS: Final = 15.0  # a server that falls silent in its list has no end mark
 USER_TIMEOUT_MS: Final = 30_000
 MAX_LINE: Final = 64 << 20
+MERGE_PATCH: Final = "application/merge-patch+json"
 
 Observe = Callable[[str, str, str, float], None]  # method, host, code, seconds until the answer
 
@@ -222,8 +223,28 @@ class KubeApi:
         except (RefusedError, UnreachableError, SourceError) as error:
             log.warning("could not create the event %s: %s", reason, error)
 
+    async def annotate_node(self, annotations: Mapping[str, str]) -> str | None:
+        """Put annotations on our Node; return why that cannot be.
+
+        By way of its status: who may patch that alone may not change its taints.
+        """
+        patch = msgspec.json.encode({"metadata": {"annotations": dict(annotations)}})
+        path = f"/api/v1/nodes/{self._node}/status"
+        try:
+            response = await self._request("PATCH", path, {}, patch, kind=MERGE_PATCH)
+            response.release()
+        except (RefusedError, UnreachableError, SourceError) as error:
+            return str(error)
+        return None
+
     async def _request(
-        self, method: str, path: str, query: Mapping[str, str], body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: bytes | None = None,
+        *,
+        kind: str = "application/json",
     ) -> aiohttp.ClientResponse:
         """Return the answer's beginning; whoever gets it releases it."""
         clock = asyncio.get_running_loop().time
@@ -231,7 +252,7 @@ class KubeApi:
         code = "<error>"
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                response = await self._send(method, path, query, body)
+                response = await self._send(method, path, query, body, kind)
                 code = str(response.status)
                 if response.status >= 400:
                     raise RefusedError(await self._refusal(response))
@@ -242,11 +263,11 @@ class KubeApi:
         return response
 
     async def _send(
-        self, method: str, path: str, query: Mapping[str, str], body: bytes | None
+        self, method: str, path: str, query: Mapping[str, str], body: bytes | None, kind: str
     ) -> aiohttp.ClientResponse:
         headers = await self._access.headers()
         if body is not None:
-            headers["Content-Type"] = "application/json"
+            headers["Content-Type"] = kind
         return await self._session.request(
             method,
             self.url + path,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from pyproxy.config import local_cidr, node_port_cidrs
+from pyproxy.config import local_cidr, local_pods, node_port_cidrs
 from pyproxy.host import LOOPBACK
 from pyproxy.ip import is_loopback
 from pyproxy.model import Network
@@ -33,14 +33,7 @@ def pod_networks(env: Env) -> tuple[Network, ...]:
 
 def pods_of(env: Env, any_suffix: str) -> Network | str | None:
     """Return how rules recognise local pods: their network, or interface (perhaps a pattern)."""
-    detect = env.config.detect_local
-    match env.config.detect_local_mode:
-        case "BridgeInterface":
-            return detect.bridge_interface
-        case "InterfaceNamePrefix":
-            return f"{detect.interface_name_prefix}{any_suffix}"
-        case _:
-            return local_cidr(env.config, env.family, env.node)
+    return local_pods(env.config, env.family, env.node, any_suffix)
 
 
 def node_port_ips(env: Env, *, loopback: bool = False) -> tuple[str, ...] | None:

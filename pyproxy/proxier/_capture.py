@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pyproxy.config import CAPTURES
+from pyproxy.counters import NOTHING, Counts
 from pyproxy.model import Family, Frontend, Route
 from pyproxy.proxier._lookup import Lookup, Unsupported
 from pyproxy.proxier._sockets import Shared, shared_by_all
@@ -38,6 +39,10 @@ class Capture(Protocol):
         ...
 
     def drop(self, frontend: Frontend) -> None: ...
+
+    def refused(self, frontend: Frontend) -> Counts:
+        """Return what it has kept from a frontend, as far as it counts. Raises ``OSError``."""
+        ...
 
     def commit(self) -> None:
         """Have all that was said before in effect. Raises ``OSError``; then none of it is."""
@@ -88,6 +93,9 @@ class ByLookup:
     def drop(self, frontend: Frontend) -> None:
         self._lookup.drop(frontend)
 
+    def refused(self, frontend: Frontend) -> Counts:
+        return self._lookup.counts(frontend)
+
     def commit(self) -> None:
         self._lookup.commit()
 
@@ -135,6 +143,9 @@ class ByListeners:
     def drop(self, frontend: Frontend) -> None:
         if self._lookup is not None and frontend.ip:
             self._lookup.drop(frontend)
+
+    def refused(self, frontend: Frontend) -> Counts:
+        return NOTHING
 
     def commit(self) -> None:
         if self._lookup is not None:

@@ -74,6 +74,7 @@ class Dial:
         while self._attempts < len(TIMEOUTS):
             action, picker = front.action(ip, relay.surroundings()), front.picker
             if not isinstance(action, Forward):
+                front.meter.rejected += not self._attempts
                 self._lose("no_endpoint" if self._attempts else None)
                 return
             backend = relay.new_socket(self.client.family, now)

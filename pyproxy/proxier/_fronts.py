@@ -11,7 +11,7 @@ from socket import SocketType
 from msgspec import Struct
 
 from pyproxy.balancer import Picker
-from pyproxy.counters import Entry
+from pyproxy.counters import NOTHING, Counts, Entry, total
 from pyproxy.model import Address, Family, Frontend, Proto, ServicePortName
 from pyproxy.proxier._accept import TcpFront, listen, unlisten
 from pyproxy.proxier._capture import Capture
@@ -33,6 +33,7 @@ from pyproxy.rules.guard import DROP_ALL, Program, guard
 from pyproxy.rules.listeners import (
     Listener,
     Surroundings,
+    admits_all,
     needs_guard,
     owns_address,
     stance,
@@ -50,6 +51,7 @@ class Held(Struct):
     front: TcpFront | UdpFront | None
     taken: bool  # by the capture
     foreign: bool = False  # nothing but the port makes the address ours
+    rejected: int = 0  # clients that were accepted, to be reset at once
 
 
 class Fronts:
@@ -102,19 +104,22 @@ class Fronts:
                 yield Difference(f"socket of {frontend}", does, None)
 
     def entries(self) -> Iterator[Entry[Frontend]]:
-        """Yield what each frontend has carried so far."""
+        """Yield what each frontend has carried so far, and refused. Raises ``OSError``."""
         living: dict[Meter, list[tuple[Address, Carried]]] = {}
         for meter, address, carried in self._tcp.carried():
             living.setdefault(meter, []).append((address, carried))
         for frontend, held in self._held.items():
             front = held.front
+            asks = held.taken and not admits_all(held.listener.route)
+            refused = self.capture.refused(frontend) if asks else NOTHING
             if front is None:
-                continue
-            if isinstance(front, UdpFront):
+                reset = Counts(rejected=held.rejected or None)
+                yield Entry(frontend, None, total((refused, reset)))
+            elif isinstance(front, UdpFront):
                 flows = [(flow.backend, flow.carried) for flow in front.flows.values()]
-                yield from front.meter.entries(frontend, flows)
+                yield from front.meter.entries(frontend, flows, refused)
             else:
-                yield from front.meter.entries(frontend, living.get(front.meter, ()))
+                yield from front.meter.entries(frontend, living.get(front.meter, ()), refused)
 
     def put(self, frontend: Frontend, listener: Listener, picker: Picker) -> str | None:
         """Make a frontend so; return why it cannot be, and then there is none.
@@ -168,19 +173,21 @@ class Fronts:
     def front_of(self, client: SocketType) -> TcpFront | None:
         """Return the frontend that a client wants who came by the shared socket."""
         ip, port = client.getsockname()[:2]
-        front = self._front(ip, port, "TCP")
-        return front if isinstance(front, TcpFront) else None
+        held = self._at(ip, port, "TCP")
+        if held is None:
+            return None
+        if held.front is None:
+            held.rejected += 1
+        return held.front if isinstance(held.front, TcpFront) else None
 
     def udp_front(self, local: bytes) -> UdpFront | None:
         """Return the frontend that a datagram is for, by ``original_destination``."""
-        front = self._front(*destination(local), "UDP")
-        return front if isinstance(front, UdpFront) else None
+        held = self._at(*destination(local), "UDP")
+        return held.front if held is not None and isinstance(held.front, UdpFront) else None
 
-    def _front(self, ip: str, port: int, proto: Proto) -> TcpFront | UdpFront | None:
-        held = self._held.get(Frontend(ip, port, proto)) or self._held.get(
-            Frontend("", port, proto)
-        )
-        return held.front if held is not None else None
+    def _at(self, ip: str, port: int, proto: Proto) -> Held | None:
+        own = self._held.get(Frontend(ip, port, proto))
+        return own or self._held.get(Frontend("", port, proto))
 
     def entrances(self) -> Entrances:
         """Return all sockets by which clients come in."""

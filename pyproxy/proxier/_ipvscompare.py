@@ -7,6 +7,7 @@ from pyproxy.proxier._ipvslocal import Leads, vip_of
 from pyproxy.proxier._ipvsnl import Ipvs
 from pyproxy.proxier._vips import Vip
 from pyproxy.reconcile import Difference
+from pyproxy.rules.entries import server_text
 from pyproxy.rules.ipvs import BOUND, Content, Destination, Key, LocalAddress, Server
 
 
@@ -42,8 +43,8 @@ def differing(
 
 def worded(content: Content) -> str:
     match content:
-        case Server(scheduler=scheduler, affinity_seconds=seconds):
-            return f"scheduler {scheduler}" + (f", persistent {seconds} s" if seconds else "")
+        case Server():
+            return server_text(content)
         case int():
             return f"weight {content}"
         case _:

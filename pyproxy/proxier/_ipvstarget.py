@@ -7,7 +7,7 @@ when it is idle. Its virtual server and its local address stay with it.
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -71,6 +71,7 @@ class Settings(Struct, frozen=True):
 
     drain_seconds: float = 900.0  # for the last connections of a destination
     excluded: tuple[Network, ...] = ()  # where other people's virtual servers stay theirs
+    counts_refusals: bool = False  # the table beside does
 
 
 DEFAULTS = Settings()
@@ -170,11 +171,15 @@ class IpvsTarget:
 
         Raises ``ApplyError``. The destinations of a server cost a request: ten thousand, seconds.
         """
+        refusals: Sequence[Entry[Item]] = ()
+        if self._settings.counts_refusals:
+            refusals = await self._table.counters(by_endpoint=by_endpoint)
         try:
             async with self._lock:
                 ipvs, _leads = self._sockets()
                 servers = await asyncio.to_thread(ipvs.counters)
-            found = [Entry[Key](frontend, None, counts) for frontend, counts in servers.items()]
+            found = [Entry[Key](*entry) for entry in refusals]
+            found += [Entry(frontend, None, counts) for frontend, counts in servers.items()]
             frontends = list(servers) if by_endpoint else []
             for first in range(0, len(frontends), AT_ONCE):
                 some = frontends[first : first + AT_ONCE]

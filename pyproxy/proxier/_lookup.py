@@ -8,6 +8,7 @@ import socket
 from collections.abc import Sequence
 from itertools import count
 
+from pyproxy.counters import NOTHING, Counts
 from pyproxy.model import Family, Frontend, Network
 from pyproxy.proxier import _bpf
 from pyproxy.proxier._sockets import Shared, silent
@@ -18,6 +19,7 @@ from pyproxy.rules.capture import (
     Entry,
     Standing,
     address_key,
+    counts,
     frontend_key,
     network_key,
     origins,
@@ -59,7 +61,7 @@ class Lookup:
 
     def _open(self, serving: Shared | None) -> None:
         size = sizes(self._family)
-        self._entries = self._map(_bpf.HASH, size.entry, 8)
+        self._entries = self._map(_bpf.HASH, size.entry, size.value)
         self._networks = self._map(LPM_TRIE, size.network, 4)
         self._sinks += [silent(self._family, "TCP"), silent(self._family, "UDP")]
         led_to = [*self._sinks, *(serving or ())]
@@ -119,6 +121,14 @@ class Lookup:
             self._networks.discard(network_key(network, number) for network in networks)
             self._free.append(number)
         self._unused.clear()
+
+    def counts(self, frontend: Frontend) -> Counts:
+        """Return the packets that a frontend has refused since its entry is as it is.
+
+        Raises ``OSError``.
+        """
+        value = self._entries.get(frontend_key(frontend, self._family))
+        return counts(value) if value is not None else NOTHING
 
     def surround(self, around: Surroundings, node_port_ips: Sequence[str] | None) -> None:
         """Take in where connections come from, and at which addresses node ports are served.

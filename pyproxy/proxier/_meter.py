@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
 
-from pyproxy.counters import Counts, Entry, total
+from pyproxy.counters import NOTHING, Counts, Entry, total
 from pyproxy.model import Address, Frontend
 
 
@@ -29,9 +29,10 @@ class Carried(Struct):
 class Meter:
     """Connections of one frontend that began, and what those carried that are over."""
 
-    __slots__ = ("_sums",)
+    __slots__ = ("_sums", "rejected")
 
     def __init__(self) -> None:
+        self.rejected = 0  # clients that were accepted, to be reset at once
         self._sums: defaultdict[Address, Carried] = defaultdict(Carried)
 
     def opened(self, address: Address) -> None:
@@ -41,9 +42,15 @@ class Meter:
         self._sums[address].add(carried)
 
     def entries(
-        self, frontend: Frontend, living: Iterable[tuple[Address, Carried]]
+        self,
+        frontend: Frontend,
+        living: Iterable[tuple[Address, Carried]],
+        refused: Counts = NOTHING,
     ) -> Iterator[Entry[Frontend]]:
-        """Yield what went to each endpoint and to all of them; ``living`` is not over yet."""
+        """Yield what went to each endpoint and to all of them; ``living`` is not over yet.
+
+        ``refused`` is what did not come so far.
+        """
         sums: defaultdict[Address, Carried] = defaultdict(Carried)
         for address, carried in (*self._sums.items(), *living):
             sums[address].add(carried)
@@ -54,7 +61,8 @@ class Meter:
         for address, counts in found.items():
             yield Entry(frontend, address, counts)
         nothing = counts_of(Carried(), has_packets=has_packets)
-        yield Entry(frontend, None, total((nothing, *found.values())))
+        here = Counts(rejected=self.rejected or None)
+        yield Entry(frontend, None, total((nothing, *found.values(), here, refused)))
 
 
 def counts_of(carried: Carried, *, has_packets: bool) -> Counts:

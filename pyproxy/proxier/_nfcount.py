@@ -10,8 +10,11 @@ from pyproxy.proxier._nfnetlink import CountedElement, NfError, NfTables
 from pyproxy.rules.nft import Element, Table, Verdict
 from pyproxy.rules.nftables import NODE_PORT, SERVICE, Item
 
+DENIED = "denied"
 FRONTENDS = frozenset({SERVICE.frontends, NODE_PORT.frontends})
-REFUSALS = frozenset({SERVICE.refusals, NODE_PORT.refusals})
+REFUSALS = frozenset({
+    SERVICE.refusals, NODE_PORT.refusals, SERVICE.silent, NODE_PORT.silent, DENIED,
+})  # fmt: skip
 ENDPOINTS = frozenset({
     SERVICE.endpoints, SERVICE.local_endpoints, NODE_PORT.endpoints, NODE_PORT.local_endpoints,
 })  # fmt: skip
@@ -21,6 +24,8 @@ COUNTED: Mapping[str, frozenset[str]] = {
     "service": FRONTENDS | REFUSALS,
     "endpoint": FRONTENDS | REFUSALS | ENDPOINTS,
 }
+# Of mode ipvs: what is forwarded is counted by virtual servers.
+COUNTED_BESIDE = REFUSALS
 
 
 def read(table: Table, names: Iterable[str]) -> list[Entry[Item]]:
@@ -51,12 +56,18 @@ def entry(name: str, element: CountedElement) -> Entry[Item]:
         return Entry(item, address_in(element.data), Counts(connections=element.packets))
     if name in FRONTENDS:
         return Entry(item, None, Counts(connections=element.packets))
+    return Entry(item, None, refused(name, element))
+
+
+def refused(name: str, element: CountedElement) -> Counts:
+    if name == DENIED:
+        return Counts(denied=element.packets)
     drops = element.data in DROPS
-    counts = Counts(dropped=element.packets) if drops else Counts(rejected=element.packets)
-    return Entry(item, None, counts)
+    return Counts(dropped=element.packets) if drops else Counts(rejected=element.packets)
 
 
-DROPS = (Verdict("drop"), Verdict("goto", "drop-strangers"))
+# Elements of sets have no data: whom these find is dropped.
+DROPS = (Verdict("drop"), Verdict("goto", "drop-strangers"), None)
 
 
 def address_in(data: bytes) -> Address:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from pyproxy.counters import NOTHING, Counts
 from pyproxy.model import Address, Family, Frontend, Proto, Route
 from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._lookup import Unsupported
@@ -58,6 +59,9 @@ class ByRules:
     def drop(self, frontend: Frontend) -> None:
         name, element = tproxy.frontend_element(frontend, self._family, LEAVE)
         self._want_no(name, element.key)
+
+    def refused(self, frontend: Frontend) -> Counts:
+        return NOTHING
 
     def silence(self, ip: str) -> None:
         self._want(SILENT, Element(packed_ip(ip)))

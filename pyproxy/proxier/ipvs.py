@@ -28,6 +28,7 @@ from pyproxy.proxier._kubeipvs import (
     remove_leftovers,
 )
 from pyproxy.proxier._nfaudit import Audit, why_no_tables
+from pyproxy.proxier._nfcount import COUNTED_BESIDE
 from pyproxy.proxier._nfnetlink import NfError
 from pyproxy.proxier._nftarget import NfTarget, delete_tables
 from pyproxy.proxier._sysctls import apply
@@ -100,10 +101,17 @@ def no_default(scheduler: str) -> str:
 def build(env: Env) -> Proxier:
     rulesets = Rulesets(env)
     changes = Audit(env, rulesets.current, ipvs_base.TABLE_NAME)
-    table = NfTarget(lambda: rulesets.current().table, changes.found, ipvs_base)
+    counts = env.config.service_metrics != "off"
+    table = NfTarget(
+        lambda: rulesets.current().table,
+        changes.found,
+        ipvs_base,
+        counted=COUNTED_BESIDE if counts else (),
+    )
     settings = Settings(
         drain_seconds=env.config.ipvs.drain_timeout_seconds,
         excluded=networks_of(env.config.ipvs.exclude_cidrs, env.family),
+        counts_refusals=counts,
     )
     target = IpvsTarget(env.family, table, env.clock, partial(connect, env), settings)
     env.host.on_change(changes.look_around)

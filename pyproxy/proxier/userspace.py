@@ -213,9 +213,15 @@ class Frontends:
         return (*found, *lost)
 
     async def counters(self, *, by_endpoint: bool) -> tuple[Entry[Frontend], ...]:
-        """Return what our sockets have carried; the kernel balances others without telling."""
+        """Return what our sockets have carried; the kernel balances others without telling.
+
+        Raises ``ApplyError``.
+        """
         entries = self._opened.entries() if self._opened is not None else ()
-        return tuple(entry for entry in entries if by_endpoint or entry.endpoint is None)
+        try:
+            return tuple(entry for entry in entries if by_endpoint or entry.endpoint is None)
+        except OSError as error:
+            raise ApplyError(f"cannot read counters: {error.strerror}") from error
 
     async def clear(self) -> None:
         """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
+from pyproxy.counters import Counts
 from pyproxy.model import (
     Action,
     Drop,
@@ -43,7 +44,12 @@ STANDINGS: Mapping[Standing, int] = {
 PROTOCOLS: Mapping[Proto, int] = {"TCP": 6, "UDP": 17}
 NUMBER = struct.Struct("=I")
 PORT_AND_PROTOCOL = struct.Struct("=II")
-ENTRY = struct.Struct("=BBBxI")
+ENTRY = struct.Struct("=BBBxI")  # what follows in a value are counts
+COUNTS = struct.Struct("=QQQ")
+# What the program counts of a frontend: the place of each count in its value.
+COUNTED: Mapping[str, int] = {
+    name: ENTRY.size + 8 * index for index, name in enumerate(("rejected", "dropped", "denied"))
+}
 NO_SOURCES = 0  # the number of the list in an entry that admits all sources
 
 
@@ -113,15 +119,16 @@ def covers(wide: Network, network: Network) -> bool:
 
 
 class Sizes(NamedTuple):
-    """The sizes of keys in bytes."""
+    """The sizes of keys, and of the value of an entry, in bytes."""
 
     entry: int
+    value: int
     network: int
 
 
 def sizes(family: Family) -> Sizes:
     address = 4 if family == 4 else 16
-    return Sizes(address + 8, address + 8)
+    return Sizes(address + 8, ENTRY.size + COUNTS.size, address + 8)
 
 
 def frontend_key(frontend: Frontend, family: Family) -> bytes:
@@ -152,8 +159,13 @@ def network_key(network: Network, number: int = NO_SOURCES) -> bytes:
 def packed_entry(value: Entry, number: int) -> bytes:
     """Return an entry's bytes; ``number`` is that of its sources, 0 where all are allowed."""
     verdicts = (VERDICTS[v] for v in (value.pod, value.node, value.outside))
-    return ENTRY.pack(*verdicts, number)
+    return ENTRY.pack(*verdicts, number) + bytes(COUNTS.size)
 
 
 def packed_standing(standing: Standing) -> bytes:
-    return ENTRY.pack(STANDINGS[standing], 0, 0, NO_SOURCES)
+    return ENTRY.pack(STANDINGS[standing], 0, 0, NO_SOURCES) + bytes(COUNTS.size)
+
+
+def counts(value: bytes) -> Counts:
+    """Return what an entry has counted since it was put there."""
+    return Counts(**dict(zip(COUNTED, COUNTS.unpack_from(value, ENTRY.size), strict=True)))

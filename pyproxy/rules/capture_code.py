@@ -7,7 +7,7 @@ Linux: Documentation/bpf/prog_sk_lookup.rst. ``outcome`` in the tests says the s
 from typing import NamedTuple
 
 from pyproxy.model import Family
-from pyproxy.rules.capture import ORIGINS, PROTOCOLS, STANDINGS, VERDICTS
+from pyproxy.rules.capture import COUNTED, ORIGINS, PROTOCOLS, STANDINGS, VERDICTS
 from pyproxy.rules.ebpf import FP, R0, R1, R2, R3, R6, R7, R8, R9, Assembler
 
 MAP_LOOKUP, SK_RELEASE, SK_ASSIGN = 1, 86, 124  # helper functions
@@ -94,11 +94,23 @@ def decide(asm: Assembler, family: Family, maps: Maps) -> None:
     asm.jump_if(R8, "==", 0, "allowed")
     asm.store(FP, NETWORK + 4, R8, 4)
     look_up(asm, maps.networks, NETWORK)
-    asm.jump_if(R0, "==", 0, "silent")
+    asm.jump_if(R0, "==", 0, "denied")
     asm.label("allowed")
     asm.jump_if(R9, "==", VERDICTS["serve"], "serve")
-    asm.jump_if(R9, "==", VERDICTS["silent"], "silent")
+    asm.jump_if(R9, "==", VERDICTS["silent"], "dropped")
+    count(asm, "rejected")
     asm.exit(SK_DROP)
+    asm.label("denied")
+    count(asm, "denied")
+    asm.jump("silent")
+    asm.label("dropped")
+    count(asm, "dropped")
+
+
+def count(asm: Assembler, what: str) -> None:
+    """Count one more in the frontend's entry, to which R7 points."""
+    asm.set(R1, 1)
+    asm.add(R7, COUNTED[what], R1)
 
 
 def give(asm: Assembler, maps: Maps) -> None:

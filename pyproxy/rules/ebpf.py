@@ -86,6 +86,10 @@ class Assembler:
         else:
             self._add(STORE_VALUE | SIZES[size], base, 0, offset, operand)
 
+    def add(self, base: Register, offset: int, register: Register, size: Size = 8) -> None:
+        """Add to memory atomically; on any kernel, unlike ``fetch_and_add`` (5.12)."""
+        self._add(ATOMIC | SIZES[size], base, register, offset)
+
     def fetch_and_add(
         self, base: Register, offset: int, register: Register, size: Size = 8
     ) -> None:

@@ -25,7 +25,7 @@ def entries(rules: Iterable[tuple[Place, str, int]]) -> Iterator[Entry[Item]]:
                 of_chain[address] = of_chain.get(address, 0) + packets
         elif table == "filter" and chain in REFUSING:
             match, to = split(rule)
-            counts = refused(to, packets)
+            counts = refused(chain, to, packets)
             if counts is not None:
                 yield Entry(Item(table, chain, match), None, counts)
     for item, of_chain in connections.items():
@@ -34,9 +34,9 @@ def entries(rules: Iterable[tuple[Place, str, int]]) -> Iterator[Entry[Item]]:
             yield Entry(item, address, Counts(connections=count))
 
 
-def refused(target: str, packets: int) -> Counts | None:
+def refused(chain: str, target: str, packets: int) -> Counts | None:
     if target == "DROP":
-        return Counts(dropped=packets)
+        return Counts(denied=packets) if chain == FIREWALL else Counts(dropped=packets)
     return Counts(rejected=packets) if target.startswith("REJECT") else None
 
 

@@ -45,6 +45,7 @@ from pyproxy.rules.nftables import (
     pool_entrance,
     pool_of,
     refusal,
+    silenced,
     whole_entrance,
 )
 
@@ -251,6 +252,7 @@ def table_items(
     items: Items = {Item(box, name, port.owner): what for box, name, what in entrance.needs}
     goto = Verdict("goto", entrance.chain)
     items[Item(place.frontends, key)] = Element(key, data=goto, comment=comment)
+    items |= widened(silenced(route, place, key))
     if passes or picks_apart(route):
         numbered = numbered_endpoints(route, place, key, table_part(before))
         items |= {i: c for i, c in numbered.items() if i.container == place.endpoints}

@@ -100,6 +100,12 @@ def needs_guard(route: Route) -> bool:
     return route.allowed_sources is not None or any(isinstance(a, Drop) for a in actions)
 
 
+def admits_all(route: Route) -> bool:
+    """Say whether everybody is served at this frontend."""
+    actions = (route.from_pod, route.from_node, route.from_outside)
+    return route.allowed_sources is None and all(isinstance(a, Forward) for a in actions)
+
+
 def passes_by(route: Route) -> bool:
     """Say whether what pods and the node send goes past this frontend, to the load balancer."""
     return isinstance(route.from_node, Pass)

@@ -61,9 +61,11 @@ CHAINS = (
     Chain("services"),
     Chain("guard"),
     Chain("guard-passed"),
+    Chain("guard-strangers"),
     Chain("refuse"),
     Chain("refuse-strangers"),
     Chain("drop-strangers"),
+    Chain("drop-by-policy"),
     Chain("cluster-ips-check"),
     Chain("masquerade-marked"),
     *HOOKS,
@@ -85,14 +87,17 @@ def sets(family: Family) -> tuple[Set, ...]:
         Set(SERVICE.endpoints, (*front, "slot"), endpoint),
         Set(SERVICE.local_endpoints, (*front, "slot"), endpoint),
         Set(SERVICE.refusals, front, "verdict"),
+        Set(SERVICE.silent, front),
         Set(NODE_PORT.frontends, node_port, "verdict"),
         Set(NODE_PORT.endpoints, (*node_port, "slot"), endpoint),
         Set(NODE_PORT.local_endpoints, (*node_port, "slot"), endpoint),
         Set(NODE_PORT.refusals, node_port, "verdict"),
+        Set(NODE_PORT.silent, node_port),
         Set("cluster-ips", (ip,)),
         Set("node-port-ips", (ip,)),
         Set("hairpin", (ip, ip, "inet_proto", "inet_service")),
         Set("guarded", front),
+        Set("denied", front),
         Set("passed", front),
         Set("allowed", (*front, ip), flags=("interval",)),
     )
@@ -118,14 +123,18 @@ def rules(ruleset: Ruleset) -> tuple[Rule, ...]:
         ),
         Rule(
             "guard-passed",
-            (MatchSet(SERVICE.fields, "passed"), Verdict("goto", "drop-strangers")),
+            (MatchSet(SERVICE.fields, "passed"), Verdict("goto", "guard-strangers")),
         ),
-        Rule("guard-passed", (Verdict("drop"),)),
+        *counted_drop("guard-passed", SERVICE.fields, "denied"),
+        *insiders_return(ruleset, "guard-strangers"),
+        *counted_drop("guard-strangers", SERVICE.fields, "denied"),
         Rule("refuse", (Reject(),)),
         *insiders_return(ruleset, "refuse-strangers"),
         Rule("refuse-strangers", (REFUSE,)),
         *insiders_return(ruleset, "drop-strangers"),
         Rule("drop-strangers", (Verdict("drop"),)),
+        Rule("drop-by-policy", (MatchSet(SERVICE.fields, SERVICE.silent), Verdict("drop"))),
+        *counted_drop("drop-by-policy", NODE_PORT.fields, NODE_PORT.silent),
         Rule(
             "cluster-ips-check",
             (MatchSet(("daddr",), "cluster-ips"), Reject()),
@@ -153,6 +162,12 @@ def rules(ruleset: Ruleset) -> tuple[Rule, ...]:
         Rule("filter-output", refusals),
         Rule("filter-output", check),
     )
+
+
+def counted_drop(chain: str, fields: tuple[Field, ...], counted: str) -> tuple[Rule, ...]:
+    """Return rules that drop everything, and of it count what has an element in the set."""
+    drop = Verdict("drop")
+    return (Rule(chain, (MatchSet(fields, counted), drop)), Rule(chain, (drop,)))
 
 
 def off_cluster(ruleset: Ruleset) -> list[tuple[Statement, ...]]:

@@ -52,6 +52,7 @@ from pyproxy.rules.slots import settled
 REFUSE = Verdict("goto", "refuse")
 REFUSE_STRANGERS = Verdict("goto", "refuse-strangers")
 DROP_STRANGERS = Verdict("goto", "drop-strangers")
+DROP_SILENTLY = Verdict("goto", "drop-by-policy")
 
 
 class Item(NamedTuple):
@@ -75,14 +76,16 @@ class Place(NamedTuple):
     refusals: str
     endpoints: str
     local_endpoints: str
+    silent: str  # a set: the frontends that strangers get no answer at
 
 
 SERVICE = Place(
-    "", ("daddr", "l4proto", "dport"), "service-ips", "no-endpoints", "endpoints", "local-endpoints"
-)
+    "", ("daddr", "l4proto", "dport"), "service-ips", "no-endpoints",
+    "endpoints", "local-endpoints", "silent-ips",
+)  # fmt: skip
 NODE_PORT = Place(
     "node-", ("l4proto", "dport"), "node-ports", "no-endpoint-node-ports",
-    "node-port-endpoints", "local-node-port-endpoints",
+    "node-port-endpoints", "local-node-port-endpoints", "silent-node-ports",
 )  # fmt: skip
 
 
@@ -122,7 +125,7 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Conten
                 items[Item(container, name, port.owner)] = content
             goto = Verdict("goto", entrance.chain)
             items[Item(place.frontends, key)] = Element(key, data=goto, comment=comment)
-            items |= numbered_endpoints(route, place, key, before)
+            items |= numbered_endpoints(route, place, key, before) | silenced(route, place, key)
         if route.kind == "ClusterIP":
             items[Item("cluster-ips", packed_ip(route.frontend.ip), port.owner)] = PRESENT
         if route.allowed_sources is not None:
@@ -142,6 +145,12 @@ def refusal(route: Route) -> Verdict | None:
     if all(isinstance(action, Drop) for action in actors):
         return DROP_STRANGERS if some_pass else Verdict("drop")
     return None
+
+
+def silenced(route: Route, place: Place, key: bytes) -> Items:
+    """Return what counts the strangers whom policy Local leaves without an answer."""
+    drops = isinstance(route.from_outside, Drop)
+    return {Item(place.silent, key): PRESENT} if drops else {}
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -173,7 +182,7 @@ def guarded(key: bytes, route: Route) -> Items:
     Networks that overlap are united: the kernel's kind of set refuses to hold both.
     """
     assert route.allowed_sources is not None, "it is for few"
-    items: Items = {Item("guarded", key): PRESENT}
+    items: Items = {Item("guarded", key): PRESENT, Item("denied", key): PRESENT}
     if isinstance(route.from_node, Pass):
         items[Item("passed", key)] = PRESENT
     for network in collapse_addresses(route.allowed_sources):  # type: ignore[type-var]  # a union is no TypeVar
@@ -339,7 +348,7 @@ def local_only(
     rules = [
         *([Rule(name, (from_pods, goto_whole))] if from_pods is not None else []),
         Rule(name, (MatchLocal("saddr"), SetMark(ruleset.mark), goto_whole)),
-        Rule(name, (Verdict("goto", local.chain) if local else Verdict("drop"),)),
+        Rule(name, (Verdict("goto", local.chain) if local else DROP_SILENTLY,)),
     ]
     needs = (*whole.needs, *(local.needs if local else ()))
     return Entrance(name, (*needs, (CHAIN, name, tuple(rules))))

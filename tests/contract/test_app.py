@@ -77,6 +77,18 @@ async def until(question, answer):
             await asyncio.sleep(POLL_SECONDS)
 
 
+async def test_the_node_is_annotated_where_that_is_asked_for():
+    feed = FakeFeed(*NOTHING, Replace("Node", (HERE,)))
+    proxy = Proxy(feed, programmed_annotation_period_seconds=0.01)
+
+    async def annotated():
+        return feed.annotations
+
+    async with running(proxy):
+        text = '{"mode":"userspace","services":"0","endpointSlices":"0"}'
+        await until(annotated, {"pyproxy.io/programmed": text})
+
+
 @asynccontextmanager
 async def running(proxy):
     """The proxy while it runs; at the end it is stopped as an init system would."""

@@ -337,6 +337,15 @@ async def test_an_event_is_created_where_its_object_is(server):
     }
 
 
+async def test_our_node_is_annotated_by_way_of_its_status(server):
+    async with await connect("", server.url, node="here") as api:
+        assert await api.annotate_node({"pyproxy.io/programmed": "x"}) is None
+        server.failures = [(403, {}, '{"message":"forbidden"}')]
+        assert await api.annotate_node({"pyproxy.io/programmed": "y"}) == "403 forbidden"
+    patch = {"metadata": {"annotations": {"pyproxy.io/programmed": "x"}}}
+    assert server.patches == [("here", patch)]
+
+
 async def test_an_event_that_cannot_be_created_is_only_logged(server, caplog):
     server.failures = [(403, {}, '{"message":"forbidden"}')]
     with caplog.at_level(logging.WARNING):

@@ -173,6 +173,16 @@ def test_the_chart_is_valid(values, tmp_path):
     run("helm", "lint", "--strict", CHART, API_SERVER)
 
 
+def test_chart_and_component_agree_on_the_rule_for_the_annotation(tmp_path):
+    chart = rendered(API_SERVER, values="{config: {programmedAnnotationPeriod: 30s}}")
+    plain = kustomized(tmp_path, "programmed-annotation")
+    patch = [{"apiGroups": [""], "resources": ["nodes/status"], "verbs": ["patch"]}]
+    assert only("ClusterRole", chart)["rules"] == only("ClusterRole", plain)["rules"] == patch
+    assert "--programmed-annotation-period=30s" in container(plain)["args"]
+    kinds = {o["kind"] for o in yaml.safe_load_all(rendered(API_SERVER)) if o}
+    assert "ClusterRole" not in kinds, "nobody asked for it"
+
+
 def test_every_value_of_the_chart_is_tried():
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert values.keys() - {"rbac"} == yaml.safe_load(EVERYTHING).keys()

@@ -39,6 +39,7 @@ class FakeApiServer:
         self.chunk_bytes = 1 << 20
         self.asked = []
         self.events = []  # what was created
+        self.patches = []  # of which Node, and what
         self._histories = {resource: History() for resource in RESOURCES.values()}
         self._pages = {}
         self._news = asyncio.Event()
@@ -50,6 +51,7 @@ class FakeApiServer:
         for path, resource in RESOURCES.items():
             app.router.add_get(path, self._handler(resource))
         app.router.add_post("/apis/events.k8s.io/v1/namespaces/{namespace}/events", self._create)
+        app.router.add_patch("/api/v1/nodes/{name}/status", self._patch)
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._ssl_context)
@@ -166,6 +168,14 @@ class FakeApiServer:
             return web.Response(status=status, headers=headers, text=text)
         self.events.append((request.match_info["namespace"], await request.json()))
         return web.json_response({}, status=201)
+
+    async def _patch(self, request):
+        if self.failures:
+            status, headers, text = self.failures.pop(0)
+            return web.Response(status=status, headers=headers, text=text)
+        assert request.content_type == "application/merge-patch+json"
+        self.patches.append((request.match_info["name"], await request.json()))
+        return web.json_response({})
 
 
 def versioned(past):

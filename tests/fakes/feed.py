@@ -9,6 +9,7 @@ class FakeFeed:
     def __init__(self, *changes):
         self._changes = asyncio.Queue()
         self.events = []
+        self.annotations = {}
         self.is_closed = False
         self.recorded = asyncio.Event()
         self.tell(*changes)
@@ -28,6 +29,9 @@ class FakeFeed:
     async def record(self, reason, message, *, warning, action, service):
         self.events.append((reason, message, warning))
         self.recorded.set()
+
+    async def annotate(self, annotations):
+        self.annotations |= annotations
 
     async def aclose(self):
         self.is_closed = True

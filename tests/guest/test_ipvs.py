@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+from ipaddress import ip_network
 
 import pytest
 from msgspec import structs
@@ -29,13 +30,14 @@ from pyproxy.rules.ipvs import Destination, Server
 from pyproxy.rules.ipvs_text import text
 from tests.builders import owner
 from tests.guest import lab
-from tests.guest.lab import POD, Client, output_of
+from tests.guest.lab import CLIENT, POD, STRANGER, Client, output_of
 from tests.netns.node import VIP, proxied
 
 pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])
 SCHEDULERS = ("rr", "wrr", "lc", "wlc", "sh", "dh", "mh", "sed", "nq")
 PROTOS = ("TCP", "UDP", "SCTP")
 PATIENCE_SECONDS = 60.0
+BALANCED = {4: "198.18.0.7", 6: "fd00:198:18::7"}
 
 
 @pytest.fixture(autouse=True)
@@ -160,8 +162,8 @@ def service(family, proto="TCP", **fields):
     return Upsert("Service", Service(ObjectName("default", "web"), ports=ports, **fields))
 
 
-def endpoints(family, *names, proto="TCP"):
-    found = tuple(Endpoint(Address(POD[family][name], lab.PORT), node="here") for name in names)
+def endpoints(family, *names, proto="TCP", node="here"):
+    found = tuple(Endpoint(Address(POD[family][name], lab.PORT), node=node) for name in names)
     same = ObjectName("default", "web")
     return Upsert("EndpointSlice", EndpointSlice(same, same, family, {PortKey("", proto): found}))
 
@@ -389,6 +391,30 @@ async def test_what_goes_through_is_counted(family, config, ipvs):
         found = Tally().take(reading, by_endpoint=True)
         where = [Where(owner("web")), Where(owner("web"), Address(POD[family]["b"], lab.PORT))]
         assert found == dict.fromkeys(where, counted)
+
+
+async def test_what_is_refused_is_counted_by_the_reason(family, config):
+    counting = structs.replace(config, service_metrics="service")
+    lb = BALANCED[family]
+    ranges = (ip_network(CLIENT[family]),)
+    local = service(
+        family,
+        type="LoadBalancer",
+        external_local=True,
+        load_balancer_ips=(lb,),
+        source_ranges=ranges,
+    )
+    async with node(family, counting, local) as proxy:
+        assert await lab.ask("a", VIP[family].format(1), 80, "TCP") == "refused"
+        tally = Tally()
+        tally.take(await proxy.carrier.counters(by_endpoint=False), by_endpoint=False)
+        await proxy.change(endpoints(family, "far", node="elsewhere"))
+        for source in (CLIENT[family], STRANGER[family]):
+            seconds = lab.SILENCE_SECONDS
+            assert await lab.ask("outside", lb, 80, source=source, seconds=seconds) == "silent"
+        reading = await proxy.carrier.counters(by_endpoint=False)
+        found = tally.take(reading, by_endpoint=False)[Where(owner("web"))]
+        assert min(found.rejected, found.dropped, found.denied) >= 1
 
 
 async def test_a_scheduler_that_the_kernel_has_not_is_replaced(family, config, ipvs):

@@ -11,18 +11,23 @@ import sys
 from tempfile import TemporaryDirectory
 
 from pyproxy.commands._ask import Daemon
-from pyproxy.demo.cluster import NODES
+from pyproxy.demo.cluster import CLUSTER_CIDRS, NODES
 from pyproxy.demo.expect import HERE, ORIGINS
 from pyproxy.demo.traffic import ask
 from pyproxy.explain import Explanation
-from pyproxy.listing import Routes, Verification
+from pyproxy.listing import Routes
 from pyproxy.model import Address
+from pyproxy.traffic import TrafficCounts
+from pyproxy.written import Verification
 from tests.netns.stage import folder_of, isolated, staged
 
 REQUESTS = 12
 SILENCE_SECONDS = 0.5
+PATIENCE_SECONDS = 10.0  # with who will answer, on a machine that is busy
 NODE_IP = NODES[0].machine.ips[0]
 BEYOND = {"timed out"}, {"unreachable"}  # the lab has no load balancer
+OTHER = {"nftables": "iptables", "iptables": "userspace", "userspace": "nftables"}
+REASONS = ("rejected", "dropped", "denied")
 RESULTS = {
     "forward": ({"ok"},),
     "reject": ({"refused"},),
@@ -43,9 +48,10 @@ async def compared(stage):
             query = {"from": sender, "to": str(where)}
             answer = await asyncio.to_thread(daemon.ask, "explain", Explanation, query)
             case = answer.frontends[0].cases[0]
-            requests = REQUESTS if case.action == "forward" else 2
+            forwards = case.action == "forward"
+            requests, seconds = (REQUESTS, PATIENCE_SECONDS) if forwards else (2, SILENCE_SECONDS)
             replies = [
-                await ask(stage.lab.socket(origin.namespace, where.ip), where, SILENCE_SECONDS)
+                await ask(stage.lab.socket(origin.namespace, where.ip), where, seconds)
                 for _ in range(requests)
             ]
             count += requests
@@ -71,6 +77,17 @@ def destination(frontend):
     where = frontend.partition("/")[0]
     host, _, port = where.rpartition(":")
     return Address(NODE_IP if host == "node" else host.strip("[]"), int(port))
+
+
+async def refusals(stage):
+    """Return which reasons not to forward each Service has had, as they are counted."""
+    daemon = Daemon(str(stage.socket))
+    answer = await asyncio.to_thread(daemon.ask, "traffic", TrafficCounts, {})
+    return {
+        f"{row.namespace}/{row.service}": reasons
+        for row in answer.items
+        if (reasons := [name for name in REASONS if getattr(row, name)])
+    }
 
 
 async def verdicts(stage):
@@ -104,6 +121,19 @@ WORDS = {
     "top of endpoints": ("top", "--by=endpoint", "-n1", "--interval=600ms"),
     "json": ("explain", "service/shop/apart", "-o", "json"),
 }
+
+
+async def differences(stage, mode):
+    """Return what ``diff`` says of what is, of a stricter policy, and of another mode."""
+    words = ("diff", "--node-name", NODES[0].name, "--cluster-cidr", ",".join(CLUSTER_CIDRS))
+    local = stage.stricter()
+    as_json = (*words, "-o", "json", "--mode")
+    return {
+        "same": await stage.command(*as_json, mode, "-f", "manifests"),
+        "local": await stage.command(*as_json, mode, "-f", local),
+        "moved": await stage.command(*as_json, OTHER[mode], "-f", "manifests"),
+        "text": await stage.command(*words, "--mode", mode, "-f", local, "--entries"),
+    }
 
 
 async def changed(stage):
@@ -164,8 +194,10 @@ async def told(lab, mode, folder):
         return {
             "disagreements": disagreements,
             "count": count,
+            "refusals": await refusals(stage),
             "verdicts": await verdicts(stage),
             "commands": {name: await stage.command(*words) for name, words in WORDS.items()},
+            "differences": await differences(stage, mode),
             "waited": await changed(stage),
             "tampered": await tampered(stage, mode),
         }

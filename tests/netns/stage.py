@@ -4,6 +4,7 @@ Importing it does nothing; ``isolated`` moves the process into namespaces that i
 """
 
 import asyncio
+import shutil
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from pyproxy.demo.story import Demo
 from pyproxy.demo.table import Look
 
 COMMAND_SECONDS = 30
+BALANCED = "  clusterIP: 10.96.0.10"  # of a Service with pods on both nodes
 AWAY = PODS[4]  # of the other node
 
 EXTRA = f"""
@@ -147,6 +149,15 @@ class Stage:
         self.manifests = folder / "manifests"
         self.socket = folder / "run" / "pyproxy.sock"
         self.log = folder / "pyproxy.log"
+
+    def stricter(self):
+        """Copy the manifests to a folder where one Service has policy Local; return its name."""
+        folder = self.manifests.with_name("stricter")
+        shutil.copytree(self.manifests, folder)
+        for path in folder.glob("*.yaml"):
+            text = path.read_text()
+            path.write_text(text.replace(BALANCED, f"{BALANCED}\n  externalTrafficPolicy: Local"))
+        return folder.name
 
     async def command(self, *words):
         """Run pyproxy, as root of the node would."""

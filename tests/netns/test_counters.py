@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_network
 
 import pytest
 from msgspec import structs
@@ -15,7 +16,7 @@ from pyproxy.counting import settled
 from pyproxy.model import Address
 from pyproxy.reconcile import ApplyError
 from tests.builders import owner
-from tests.netns.node import NODE_IP, VIP, proxied
+from tests.netns.node import NODE_IP, STRANGER, VIP, proxied
 
 MODES = ("nftables", "iptables", "userspace")
 both = pytest.mark.parametrize("family", [4, 6])
@@ -125,9 +126,7 @@ async def test_counts_outlive_a_change_of_endpoints(family, mode):
 
 
 @both
-async def test_refused_packets_are_counted_where_rules_refuse_them(family, mode):
-    if mode == "userspace":
-        return  # the kernel refuses where nobody listens: it tells nobody
+async def test_refused_packets_are_counted(family, mode):
     async with proxied(family, COUNTED, mode=mode) as node:
         await node.service("web", 1)
         for _ in range(3):
@@ -136,6 +135,21 @@ async def test_refused_packets_are_counted_where_rules_refuse_them(family, mode)
         found = (await Reader(node).read())[Where(WEB)]
         assert found.rejected >= 3
         assert not found.connections
+
+
+@both
+async def test_packets_from_outside_the_source_ranges_are_counted(family, mode):
+    lb = VIP[family].format(7)
+    ranges = (ip_network(NODE_IP[family]),)
+    async with backend(family) as address, proxied(family, COUNTED, mode=mode) as node:
+        await node.service("web", 1, load_balancer_ips=(lb,), source_ranges=ranges)
+        await node.endpoints("web", address)
+        assert await node.ask(lb, source=NODE_IP[family]) == b"heard ?"
+        with suppress(OSError):
+            await node.ask(lb, source=STRANGER[family])
+        found = (await Reader(node).read())[Where(WEB)]
+        assert found.denied >= 1
+        assert (found.rejected or 0, found.dropped or 0, found.connections) == (0, 0, 1)
 
 
 @both

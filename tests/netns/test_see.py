@@ -33,6 +33,15 @@ def test_explain_and_traffic_agree(told):
     assert told["count"] > 400
 
 
+def test_what_is_not_forwarded_is_counted_by_the_reason(told):
+    assert told["refusals"] == {
+        "default/fenced": ["denied"],
+        "default/nobody-home": ["rejected"],
+        "shop/apart": ["dropped"],
+        "shop/inner": ["dropped"],
+    }
+
+
 def test_the_kernel_or_our_sockets_hold_what_was_written(told):
     assert len(told["verdicts"]) > 8
     verdicts = {f"{name} {f[0]}": f[1:] for name, found in told["verdicts"].items() for f in found}
@@ -69,6 +78,32 @@ def test_the_object_and_field_that_decided_are_named(told, command, sentence):
 
 def test_wait_sees_a_service_go_and_come_back(told):
     assert [told["waited"][name][0] for name in ("gone", "back")] == [0, 0]
+
+
+def test_what_is_written_differs_in_nothing_from_what_the_same_files_would_make(told):
+    code, output, errors = told["differences"]["same"]
+    assert (code, errors) == (0, "")
+    assert json.loads(output)["entries"] == []
+
+
+def test_diff_tells_the_connections_that_a_stricter_policy_ends(told):
+    code, output, _ = told["differences"]["local"]
+    found = json.loads(output)
+    assert code == 1
+    assert {item["service"] for item in found["items"]} == {"default/my-nginx-svc"}
+    if told["mode"] == "userspace":  # it relays: the kernel has nothing to keep
+        assert found["ending"] == 0
+    else:
+        assert 0 < found["ending"] < found["flows"]
+
+
+def test_diff_tells_the_entries_that_would_be_written(told):
+    local, moved = (json.loads(told["differences"][name][1]) for name in ("local", "moved"))
+    kinds = {"nftables": "service-ips", "iptables": "nat chain", "userspace": "listener"}
+    assert kinds[told["mode"]] in {entry["kind"] for entry in local["entries"]}
+    assert {entry["change"] for entry in moved["entries"]} == {"added", "removed"}
+    text = told["differences"]["text"][1]
+    assert max(map(len, text.splitlines())) <= WIDTH
 
 
 def test_explain_tells_what_somebody_else_has_changed(told):

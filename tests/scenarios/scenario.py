@@ -1,7 +1,6 @@
 """A scenario file: a node and objects, and what becomes of them as lines of text."""
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,16 +10,7 @@ from pyproxy.config import Config
 from pyproxy.manifests.resolve import Memory, resolve
 from pyproxy.manifests.resolve import Settings as ManifestSettings
 from pyproxy.model import Forward
-from pyproxy.render import (
-    Settings,
-    by_owner,
-    iptables_ruleset,
-    ipvs_ruleset,
-    nft_ruleset,
-    rules_text,
-    scenes,
-)
-from pyproxy.rules import iptables, ipvs, listeners, nftables
+from pyproxy.render import Settings, by_owner, rules_text, scenes
 from tests.manifest_builders import DUAL
 
 FOLDER = Path(__file__).parent
@@ -28,12 +18,6 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 PODS = "10.244.0.0/16,fd00:10:244::/48"
 NODE_IPS = ("192.0.2.11", "fd00:c0de::11")
 ORIGINS = ("pod", "node", "outside")
-COMPILERS = {
-    "iptables": lambda scene: partial(iptables.compile_owner, iptables_ruleset(scene)),
-    "nftables": lambda scene: partial(nftables.compile_owner, nft_ruleset(scene)),
-    "ipvs": lambda scene: partial(ipvs.compile_owner, ipvs_ruleset(scene)),
-    "userspace": lambda scene: listeners.compile_owner,
-}
 
 
 class Scenario(NamedTuple):

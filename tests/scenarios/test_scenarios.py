@@ -6,11 +6,11 @@ from pyproxy.cache import Cache
 from pyproxy.model import Upsert
 from pyproxy.plan import Planner, Site
 from pyproxy.reconcile import Reconciler
-from pyproxy.render import rules_text, scenes
+from pyproxy.render import COMPILERS, rules_text, scenes
 from pyproxy.topology import Place
 from tests.conftest import LoopClock
 from tests.fakes.target import FakeTarget
-from tests.scenarios.scenario import COMPILERS, FILES, NODE_IPS, outcome, read, rewrite
+from tests.scenarios.scenario import FILES, NODE_IPS, outcome, read, rewrite
 
 files = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 modes = pytest.mark.parametrize("mode", COMPILERS)

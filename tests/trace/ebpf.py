@@ -4,6 +4,7 @@ import operator
 
 from pyproxy.rules.capture import NUMBER
 from pyproxy.rules.ebpf import (
+    ADD_AND_FETCH,
     ALU64,
     ATOMIC,
     CALL,
@@ -117,7 +118,8 @@ def run(code, context, maps, helpers):  # noqa: C901 - one branch for each kind 
         elif operation in ADDITIONS:
             before = registers[to].read(offset, ADDITIONS[operation])
             registers[to].write(offset, ADDITIONS[operation], before + registers[source])
-            registers[source] = before
+            if value & ADD_AND_FETCH:
+                registers[source] = before
         elif operation in VALUES:
             registers[to].write(offset, VALUES[operation], value)
         elif operation & 7 == ALU64:

@@ -5,6 +5,9 @@ Their backends always see an address of this node: nothing is said of masqueradi
 
 from ipaddress import ip_address
 
+from msgspec.structs import replace
+
+from pyproxy.counters import Counts, growth, total
 from pyproxy.host import LOOPBACK
 from pyproxy.model import Drop, Forward, Frontend, Pass
 from pyproxy.rules.capture import (
@@ -13,6 +16,7 @@ from pyproxy.rules.capture import (
     ORIGINS,
     PROTOCOLS,
     address_key,
+    counts,
     entry,
     frontend_key,
     network_key,
@@ -52,6 +56,8 @@ from pyproxy.rules.listeners import (
 from tests.trace.cbpf import verdict
 from tests.trace.ebpf import Hash, Trie, look_up, run
 from tests.trace.packet import DROPPED, REFUSED, UNTOUCHED, Delivered
+
+ZERO = Counts(rejected=0, dropped=0, denied=0)
 
 
 class Listeners:
@@ -118,22 +124,27 @@ class Captured(Listeners):
         for number, (frontend, listener) in enumerate(self.listeners.items(), 1):
             made = entry(listener.route)
             limited = made.sources is not None
-            packed = packed_entry(made, number if limited else NO_SOURCES)
+            packed = bytearray(packed_entry(made, number if limited else NO_SOURCES))
             self.maps.entries[frontend_key(frontend, family)] = packed
             for network in made.sources or ():
                 self.maps.networks[network_key(network, number)] = NUMBER.pack(1)
             if owns_address(listener.route):
-                self.maps.entries[address_key(frontend.ip, family)] = packed_standing("silent")
+                self.maps.entries[address_key(frontend.ip, family)] = bytearray(
+                    packed_standing("silent")
+                )
         for network, origin in origins(self.around, family).items():
             self.maps.networks[network_key(network)] = NUMBER.pack(ORIGINS[origin])
         own = world.node_ips | {str(LOOPBACK[family][1 if family == 4 else 0])}
         for ip in world.node_port_ips if world.node_port_ips is not None else own:
-            self.maps.entries[address_key(ip, family)] = packed_standing("node ports")
+            self.maps.entries[address_key(ip, family)] = bytearray(packed_standing("node ports"))
         for index in range(SERVING_UDP + 1):
             self.maps.sockets[NUMBER.pack(index)] = index
 
     def fate(self, packet, world):
+        before = self._counts()
         socket = self.socket(packet)  # none for what a routing rule leads past
+        counted = total((growth(before, self._counts()), ZERO))
+        assert counted == self._reason(packet, world, socket), "it counts what it refuses"
         if socket in (SILENT_TCP, SILENT_UDP):
             return DROPPED
         if socket is None:
@@ -142,6 +153,21 @@ class Captured(Listeners):
             return REFUSED
         action = action_for(self._listener(packet, world).route, packet.sender.ip, self.around)
         return Delivered(frozenset(backend.address for backend in action.pool.backends))
+
+    def _counts(self):
+        return total(counts(bytes(value)) for value in self.maps.entries.values())
+
+    def _reason(self, packet, world, socket):
+        """Return the one count of a packet that is not let through to a frontend."""
+        listener = self._listener(packet, world)
+        if listener is None or socket not in (SILENT_TCP, SILENT_UDP, "refused"):
+            return ZERO
+        if socket == "refused":
+            return replace(ZERO, rejected=1)
+        ranges, sender = listener.route.allowed_sources, ip_address(packet.sender.ip)
+        if ranges is None or any(sender in network for network in ranges):
+            return replace(ZERO, dropped=1)
+        return replace(ZERO, denied=1)
 
     def socket(self, packet):
         """Return the number of the socket that gets the packet."""

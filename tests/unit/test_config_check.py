@@ -128,6 +128,10 @@ CASES = [
         " (did you mean sk_lookup?)",
     ),
     ({"userspace__socket_lb": "on"}, 'userspace.socketLB: "on" is not one of auto, off'),
+    (
+        {"programmed_annotation_period_seconds": 1.0},
+        "programmedAnnotationPeriod: 1s is less than 5s",
+    ),
     ({"userspace__drain_timeout_seconds": -1.0}, "userspace.drainTimeout: -1s is negative"),
     (
         {"userspace__runtime_dir": "run"},

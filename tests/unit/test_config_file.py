@@ -93,6 +93,7 @@ windowsRunAsService: false
 # Which kube-proxy does not have.
 OWN = {
     "cloudAnnotations",
+    "programmedAnnotationPeriod",
     "serviceMetrics",
     "serviceProxyName",
     "ipvs.bindAddresses",

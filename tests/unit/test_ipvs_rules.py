@@ -19,6 +19,7 @@ from pyproxy.rules.ipvs import (
     wanted_schedulers,
 )
 from pyproxy.rules.nft import Verdict
+from pyproxy.rules.nftables import DROP_SILENTLY
 from tests.builders import SITE, VIP, address, draining, endpoint, owner, remote, service_port
 
 NODE_IPS = ("192.0.2.11", "198.51.100.1")
@@ -101,7 +102,7 @@ def test_policy_local_has_virtual_servers_of_local_endpoints_and_others_are_pick
 def test_policy_local_without_local_endpoints_drops_and_has_no_virtual_server():
     found = items(remote(2), **LOCAL)
     assert servers(found).keys() == {CLUSTER_IP}
-    assert chain(found, "local-pick-1-nothing")[-1] == (Verdict("drop"),)
+    assert chain(found, "local-pick-1-nothing")[-1] == (DROP_SILENTLY,)
 
 
 def test_policy_local_whose_endpoints_are_all_local_needs_no_picks():

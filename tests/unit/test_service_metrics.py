@@ -26,12 +26,20 @@ def shown(metrics):
 
 def test_what_a_mode_cannot_tell_has_no_series():
     metrics = ServiceMetrics()
-    metrics.publish({ONE: Counts(3, rejected=1)})
-    head = 'namespace="default",'
-    tail = 'port="http",protocol="TCP",service="web"'
-    assert sorted(lines(metrics)) == [
-        f"pyproxy_service_connections_total{{{head}{tail}}} 3.0",
-        f'pyproxy_service_refused_packets_total{{action="reject",{head}{tail}}} 1.0',
+    metrics.publish({ONE: Counts(3)})
+    labels = 'namespace="default",port="http",protocol="TCP",service="web"'
+    assert lines(metrics) == [f"pyproxy_service_connections_total{{{labels}}} 3.0"]
+
+
+def test_packets_that_are_refused_have_the_reason():
+    metrics = ServiceMetrics()
+    metrics.publish({ONE: Counts(rejected=1, dropped=2, denied=3)})
+    of = 'namespace="default",port="http",protocol="TCP",reason='
+    name = "pyproxy_service_refused_packets_total"
+    assert lines(metrics) == [
+        f'{name}{{action="reject",{of}"no_endpoint",service="web"}} 1.0',
+        f'{name}{{action="drop",{of}"traffic_policy",service="web"}} 2.0',
+        f'{name}{{action="drop",{of}"source_ranges",service="web"}} 3.0',
     ]
 
 
