@@ -7,7 +7,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
@@ -27,13 +27,46 @@ from pyproxy.proxier._flavour import FLAVOURS, programs_of, tables_with
 from pyproxy.proxier._iptables import LOCK_SECONDS, Flavour, Iptables, run
 from pyproxy.proxier._iptarget import IpTarget, remove
 from pyproxy.reconcile import Reconciler
-from pyproxy.rules.iptables import Ruleset, compile_owner, hashed
+from pyproxy.rules.iptables import (
+    EXTERNAL,
+    FIREWALL,
+    MARK_MASQ,
+    NODE_PORTS,
+    POSTROUTING,
+    SERVICES,
+    Ruleset,
+    comment,
+    compile_owner,
+    hashed,
+)
+from pyproxy.rules.iptables_base import FORWARD, JUMPS, forward_rules, to_node_ports
+from pyproxy.rules.iptables_text import founded
 from pyproxy.topology import Place
 
 SITE = Site(Place("node-a"), NODE_IP)
 RULESET = Ruleset(4, pods=ip_network("10.128.0.0/9"))
+MARK = f"{RULESET.mark:#x}"
+FILTER: Mapping[str, Sequence[str]] = {
+    NODE_PORTS: (),
+    SERVICES: (),
+    EXTERNAL: (),
+    FORWARD: forward_rules(RULESET),
+    FIREWALL: (),
+}
+NAT: Mapping[str, Sequence[str]] = {
+    SERVICES: (),  # comes with each sync
+    NODE_PORTS: (),
+    POSTROUTING: (
+        f"-m mark ! --mark {MARK}/{MARK} -j RETURN",
+        f"-j MARK --xor-mark {MARK}",
+        f"{comment('kubernetes service traffic requiring SNAT')}-j MASQUERADE --random-fully",
+    ),
+    MARK_MASQ: (f"-j MARK --or-mark {MARK}",),
+}
+FIXED = [("filter", chain) for chain in FILTER] + [("nat", chain) for chain in NAT]
 CHANGES = 7
-HOOK = "-A OUTPUT -j KUBE-SERVICES"
+PAUSE_SECONDS = 0.05  # between changes, as at rest: the kernel frees what the last one replaced
+MANY_ENDPOINTS = 1000  # of all Services: kube-proxy comments no rule for an endpoint then
 
 
 class Case(NamedTuple):
@@ -107,9 +140,11 @@ async def with_pyproxy(tables: Iptables, cluster: Cluster, ips: list[str]) -> Fi
         cluster.change()
         port = port_plan(cluster, number)
         plan.put(port.owner, port)
+        await asyncio.sleep(PAUSE_SECONDS)
         started_at = perf_counter()
         await carrier.sync(plan, {port.owner})
         changes.append(perf_counter() - started_at)
+    await target.aclose()
     return Figures(full, median(changes), first_packet_us(ips))
 
 
@@ -125,9 +160,13 @@ def port_plan(cluster: Cluster, number: int) -> PortPlan:
 
 
 async def in_shape_of_kube_proxy(tables: Iptables, cluster: Cluster, ips: list[str]) -> Figures:
-    """Load the rules, and change an endpoint: its chains and all of the top level are rewritten."""
-    everything = list(range(cluster.services))
-    lines = table(cluster, everything, hook=True)
+    """Load the rules, and change an endpoint: its chains and all of the top level are rewritten.
+
+    A chain that is gone stays, as in large clusters, where kube-proxy looks for such once in a
+    sync period.
+    """
+    await tables.restore(founded({}, FIXED, JUMPS))
+    lines = text(cluster, list(range(cluster.services)))
     started_at = perf_counter()
     await restored(tables, lines)
     full = perf_counter() - started_at
@@ -135,7 +174,8 @@ async def in_shape_of_kube_proxy(tables: Iptables, cluster: Cluster, ips: list[s
     for _ in range(CHANGES if full < 20 else 1):
         number = cluster.next_to_change()
         cluster.change()
-        lines = table(cluster, [number], hook=False)
+        lines = text(cluster, [number])
+        await asyncio.sleep(PAUSE_SECONDS)
         started_at = perf_counter()
         await restored(tables, lines)
         changes.append(perf_counter() - started_at)
@@ -145,48 +185,51 @@ async def in_shape_of_kube_proxy(tables: Iptables, cluster: Cluster, ips: list[s
 async def restored(tables: Iptables, lines: list[str]) -> None:
     """Restore as kube-proxy does: it starts the program each time."""
     name = tables.programs.restore
-    answer = await run([name, "--noflush", "-w", LOCK_SECONDS], "\n".join([*lines, ""]))
+    options = ["--noflush", "--counters", "-w", LOCK_SECONDS]
+    answer = await run([name, *options], "\n".join([*lines, ""]))
     assert answer.code == 0, answer.error
 
 
-def table(cluster: Cluster, rewritten: list[int], *, hook: bool) -> list[str]:
-    lines = ["*nat", ":KUBE-SERVICES - [0:0]", ":KUBE-MARK-MASQ - [0:0]"]
-    rules = ["-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000"]
-    rules += [dispatch(cluster, number) for number in range(cluster.services)]
-    for number in rewritten:
-        for chain, own in chains(cluster, number):
-            lines.append(f":{chain} - [0:0]")
-            rules += own
-    return [*lines, *rules, *([HOOK] if hook else []), "COMMIT"]
+def text(cluster: Cluster, rewritten: list[int]) -> list[str]:
+    """Return the input of one sync: both tables, with the chains of these Services."""
+    own = dict(entry for number in rewritten for entry in chains(cluster, number))
+    services = [dispatch(cluster, number) for number in range(cluster.services)]
+    nat = {**NAT, SERVICES: [*services, *to_node_ports(RULESET)], **own}
+    return [*table("filter", FILTER), *table("nat", nat)]
+
+
+def table(name: str, chains: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    yield f"*{name}"
+    yield from (f":{chain} - [0:0]" for chain in chains)
+    for chain, rules in chains.items():
+        yield from (f"-A {chain} {rule}" for rule in rules)
+    yield "COMMIT"
 
 
 def dispatch(cluster: Cluster, number: int) -> str:
-    chain, ip = f"KUBE-SVC-{hashed(service_name(number))}", cluster.cluster_ip(number)
-    note = f'-m comment --comment "default/{service_name(number)}:http cluster IP"'
-    return f"-A KUBE-SERVICES {note} -m tcp -p tcp -d {ip} --dport {PORT} -j {chain}"
+    name, ip = service_name(number), cluster.cluster_ip(number)
+    note = comment(f"default/{name}:http cluster IP")
+    return f"{note}-m tcp -p tcp -d {ip} --dport {PORT} -j KUBE-SVC-{hashed(name)}"
 
 
 def chains(cluster: Cluster, number: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield the chain of a Service and those of its endpoints, each with its rules."""
     name, ip = service_name(number), cluster.cluster_ip(number)
-    note = f'-m comment --comment "default/{name}:http'
-    service = f"KUBE-SVC-{hashed(name)}"
-    to_service = f'{note} cluster IP" -m tcp -p tcp -d {ip} --dport {PORT}'
-    rules = [f"-A {service} {to_service} ! -s 10.128.0.0/9 -j KUBE-MARK-MASQ"]
+    whose = f"default/{name}:http"
+    is_commented = cluster.endpoint_count <= MANY_ENDPOINTS
+    to_service = f"{comment(f'{whose} cluster IP')}-m tcp -p tcp -d {ip} --dport {PORT}"
+    rules = [f"{to_service} ! -s {RULESET.pods} -j {MARK_MASQ}"]
     endpoints = cluster.endpoints(number)
-    for index, endpoint in enumerate(endpoints):
+    for left, endpoint in zip(range(len(endpoints), 0, -1), endpoints, strict=True):
         chain = f"KUBE-SEP-{hashed(name + endpoint)}"
-        left = len(endpoints) - index
-        share = f" -m statistic --mode random --probability {1 / left:0.10f}" if left > 1 else ""
-        rules.append(f'-A {service} {note} -> {endpoint}:{TARGET_PORT}"{share} -j {chain}')
-        dnat = f"-m tcp -p tcp -j DNAT --to-destination {endpoint}:{TARGET_PORT}"
-        yield (
-            chain,
-            [
-                f'-A {chain} {note}" -s {endpoint} -j KUBE-MARK-MASQ',
-                f'-A {chain} {note}" {dnat}',
-            ],
-        )
-    yield service, rules
+        note = comment(f"{whose} -> {endpoint}:{TARGET_PORT}") if is_commented else ""
+        share = f"-m statistic --mode random --probability {1 / left:0.10f} " if left > 1 else ""
+        rules.append(f"{note}{share}-j {chain}")
+        note = comment(whose) if is_commented else ""
+        masquerading = f"{note}-s {endpoint} -j {MARK_MASQ}"
+        to_endpoint = f"{note}-m tcp -p tcp -j DNAT --to-destination {endpoint}:{TARGET_PORT}"
+        yield chain, [masquerading, to_endpoint]
+    yield f"KUBE-SVC-{hashed(name)}", rules
 
 
 def arguments() -> argparse.Namespace:
