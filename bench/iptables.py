@@ -1,6 +1,6 @@
 """Mode iptables from plan to kernel, beside a rule set in the shape of kube-proxy's.
 
-python -m bench.iptables [--quick] [--sizes nft:1000x10,legacy:10000x10] [--json FILE]
+python -m bench.iptables [--quick] [--sizes nft:1000x10,legacy:10000x10] [--alone] [--json FILE]
 """
 
 import argparse
@@ -64,7 +64,7 @@ NAT: Mapping[str, Sequence[str]] = {
     MARK_MASQ: (f"-j MARK --or-mark {MARK}",),
 }
 FIXED = [("filter", chain) for chain in FILTER] + [("nat", chain) for chain in NAT]
-CHANGES = 7
+CHANGES = 11
 PAUSE_SECONDS = 0.05  # between changes, as at rest: the kernel frees what the last one replaced
 MANY_ENDPOINTS = 1000  # of all Services: kube-proxy comments no rule for an endpoint then
 
@@ -90,13 +90,13 @@ def main() -> None:
     options = arguments()
     isolate("bench.iptables")
     make_network()
-    results = asyncio.run(measured(options.sizes))
+    results = asyncio.run(measured(options.sizes, alone=options.alone))
     print(json.dumps(results, indent=1))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-async def measured(cases: list[Case]) -> dict[str, dict[str, object]]:
+async def measured(cases: list[Case], *, alone: bool) -> dict[str, dict[str, object]]:
     results: dict[str, dict[str, object]] = {}
     for case in cases:
         tables = tables_with(programs_of(4)[case.flavour])
@@ -104,10 +104,12 @@ async def measured(cases: list[Case]) -> dict[str, dict[str, object]]:
         ips = [cluster.cluster_ip(number) for number in range(case.services)]
         ours = await with_pyproxy(tables, cluster, ips)
         await remove([tables], 4)
+        results[str(case)] = {"pyproxy": rounded(ours)}
+        if alone:
+            continue
         theirs = await in_shape_of_kube_proxy(tables, cluster, ips)
         await remove([tables], 4)
-        results[str(case)] = {
-            "pyproxy": rounded(ours),
+        results[str(case)] |= {
             "kube-proxy's shape": rounded(theirs),
             "kube-proxy's shape / pyproxy": rounded(
                 Figures(*(b / a for a, b in zip(ours, theirs, strict=True)))
@@ -236,6 +238,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="300x5, in half a minute")
     parser.add_argument("--sizes", type=cases, help="flavour:Services x endpoints, with commas")
+    parser.add_argument("--alone", action="store_true", help="without kube-proxy's shape")
     parser.add_argument("--json", type=lambda text: Path(text).absolute(), help="for the figures")
     options = parser.parse_args()
     default = "nft:300x5,legacy:300x5" if options.quick else "nft:1000x10,legacy:10000x10"
