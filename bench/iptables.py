@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench._cluster import NODE_IP, PORT, TARGET_PORT, Cluster, service_name
 from bench._kernel import first_packet_us
 from bench._lab import isolate, make_network
-from pyproxy.model import Address, Endpoint, ServicePort, ServicePortName
-from pyproxy.plan import Plan, PortPlan, Site, plan_port
-from pyproxy.process import SystemClock
+from pyproxy.model import Address, Endpoint, PortPlan, ServicePort, ServicePortName
+from pyproxy.plan import Plan, Site, plan_port
+from pyproxy.process import SystemClock, calm_collector
 from pyproxy.proxier._flavour import FLAVOURS, programs_of, tables_with
 from pyproxy.proxier._iptables import LOCK_SECONDS, Flavour, Iptables, run
-from pyproxy.proxier._iptarget import IpTarget, remove
+from pyproxy.proxier._iptarget import IpTarget, remove, remove_chains
 from pyproxy.reconcile import Reconciler
 from pyproxy.rules.iptables import (
     EXTERNAL,
@@ -34,13 +34,21 @@ from pyproxy.rules.iptables import (
     NODE_PORTS,
     POSTROUTING,
     SERVICES,
+    Items,
     Ruleset,
     comment,
     compile_owner,
     hashed,
 )
-from pyproxy.rules.iptables_base import FORWARD, JUMPS, forward_rules, to_node_ports
-from pyproxy.rules.iptables_text import founded
+from pyproxy.rules.iptables_base import (
+    FORWARD,
+    JUMPS,
+    fixed_chains,
+    forward_rules,
+    to_node_ports,
+)
+from pyproxy.rules.iptables_layout import chains_of
+from pyproxy.rules.iptables_text import founded, rewritten
 from pyproxy.topology import Place
 
 SITE = Site(Place("node-a"), NODE_IP)
@@ -79,8 +87,9 @@ class Case(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Seconds for the first sync and for the change of one endpoint; and of a packet."""
+    """Seconds to restore all rules, for the first sync, for one changed endpoint; and a packet."""
 
+    restore_seconds: float
     full_seconds: float
     change_seconds: float
     first_packet_us: float
@@ -90,6 +99,7 @@ def main() -> None:
     options = arguments()
     isolate("bench.iptables")
     make_network()
+    calm_collector()
     results = asyncio.run(measured(options.sizes, alone=options.alone))
     print(json.dumps(results, indent=1))
     if options.json:
@@ -147,7 +157,21 @@ async def with_pyproxy(tables: Iptables, cluster: Cluster, ips: list[str]) -> Fi
         await carrier.sync(plan, {port.owner})
         changes.append(perf_counter() - started_at)
     await target.aclose()
-    return Figures(full, median(changes), first_packet_us(ips))
+    packet_us = first_packet_us(ips)
+    return Figures(await restoring(tables, plan), full, median(changes), packet_us)
+
+
+async def restoring(tables: Iptables, plan: Plan) -> float:
+    """Return how long the program takes for all rules, as kube-proxy's are restored."""
+    await remove_chains(tables)
+    items: Items = {}
+    for port in plan.ports.values():
+        items |= compile_owner(RULESET, port, {})
+    lines = [line.text for line in rewritten(chains_of(RULESET, items))]
+    await tables.restore(founded({}, fixed_chains(RULESET), JUMPS))
+    started_at = perf_counter()
+    await restored(tables, lines)
+    return perf_counter() - started_at
 
 
 def port_plan(cluster: Cluster, number: int) -> PortPlan:
@@ -164,6 +188,7 @@ def port_plan(cluster: Cluster, number: int) -> PortPlan:
 async def in_shape_of_kube_proxy(tables: Iptables, cluster: Cluster, ips: list[str]) -> Figures:
     """Load the rules, and change an endpoint: its chains and all of the top level are rewritten.
 
+    What kube-proxy has to do before it restores is not in it.
     A chain that is gone stays, as in large clusters, where kube-proxy looks for such once in a
     sync period.
     """
@@ -181,7 +206,7 @@ async def in_shape_of_kube_proxy(tables: Iptables, cluster: Cluster, ips: list[s
         started_at = perf_counter()
         await restored(tables, lines)
         changes.append(perf_counter() - started_at)
-    return Figures(full, median(changes), first_packet_us(ips))
+    return Figures(full, full, median(changes), first_packet_us(ips))
 
 
 async def restored(tables: Iptables, lines: list[str]) -> None:
@@ -192,9 +217,9 @@ async def restored(tables: Iptables, lines: list[str]) -> None:
     assert answer.code == 0, answer.error
 
 
-def text(cluster: Cluster, rewritten: list[int]) -> list[str]:
+def text(cluster: Cluster, numbers: list[int]) -> list[str]:
     """Return the input of one sync: both tables, with the chains of these Services."""
-    own = dict(entry for number in rewritten for entry in chains(cluster, number))
+    own = dict(entry for number in numbers for entry in chains(cluster, number))
     services = [dispatch(cluster, number) for number in range(cluster.services)]
     nat = {**NAT, SERVICES: [*services, *to_node_ports(RULESET)], **own}
     return [*table("filter", FILTER), *table("nat", nat)]
