@@ -1,13 +1,13 @@
 """Mode iptables from plan to kernel, beside a rule set in the shape of kube-proxy's.
 
-python -m bench.iptables [--quick] [--sizes nft:1000x10,legacy:10000x10] [--json FILE]
+python -m bench.iptables [--quick] [--sizes nft:1000x10,legacy:10000x10] [--alone] [--json FILE]
 """
 
 import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
@@ -20,20 +20,61 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench._cluster import NODE_IP, PORT, TARGET_PORT, Cluster, service_name
 from bench._kernel import first_packet_us
 from bench._lab import isolate, make_network
-from pyproxy.model import Address, Endpoint, ServicePort, ServicePortName
-from pyproxy.plan import Plan, PortPlan, Site, plan_port
-from pyproxy.process import SystemClock
+from pyproxy.model import Address, Endpoint, PortPlan, ServicePort, ServicePortName
+from pyproxy.plan import Plan, Site, plan_port
+from pyproxy.process import SystemClock, calm_collector
 from pyproxy.proxier._flavour import FLAVOURS, programs_of, tables_with
 from pyproxy.proxier._iptables import LOCK_SECONDS, Flavour, Iptables, run
-from pyproxy.proxier._iptarget import IpTarget, remove
+from pyproxy.proxier._iptarget import IpTarget, remove, remove_chains
 from pyproxy.reconcile import Reconciler
-from pyproxy.rules.iptables import Ruleset, compile_owner, hashed
+from pyproxy.rules.iptables import (
+    EXTERNAL,
+    FIREWALL,
+    MARK_MASQ,
+    NODE_PORTS,
+    POSTROUTING,
+    SERVICES,
+    Items,
+    Ruleset,
+    comment,
+    compile_owner,
+    hashed,
+)
+from pyproxy.rules.iptables_base import (
+    FORWARD,
+    JUMPS,
+    fixed_chains,
+    forward_rules,
+    to_node_ports,
+)
+from pyproxy.rules.iptables_layout import chains_of
+from pyproxy.rules.iptables_text import founded, rewritten
 from pyproxy.topology import Place
 
 SITE = Site(Place("node-a"), NODE_IP)
 RULESET = Ruleset(4, pods=ip_network("10.128.0.0/9"))
-CHANGES = 7
-HOOK = "-A OUTPUT -j KUBE-SERVICES"
+MARK = f"{RULESET.mark:#x}"
+FILTER: Mapping[str, Sequence[str]] = {
+    NODE_PORTS: (),
+    SERVICES: (),
+    EXTERNAL: (),
+    FORWARD: forward_rules(RULESET),
+    FIREWALL: (),
+}
+NAT: Mapping[str, Sequence[str]] = {
+    SERVICES: (),  # comes with each sync
+    NODE_PORTS: (),
+    POSTROUTING: (
+        f"-m mark ! --mark {MARK}/{MARK} -j RETURN",
+        f"-j MARK --xor-mark {MARK}",
+        f"{comment('kubernetes service traffic requiring SNAT')}-j MASQUERADE --random-fully",
+    ),
+    MARK_MASQ: (f"-j MARK --or-mark {MARK}",),
+}
+FIXED = [("filter", chain) for chain in FILTER] + [("nat", chain) for chain in NAT]
+CHANGES = 11
+PAUSE_SECONDS = 0.05  # between changes, as at rest: the kernel frees what the last one replaced
+MANY_ENDPOINTS = 1000  # of all Services: kube-proxy comments no rule for an endpoint then
 
 
 class Case(NamedTuple):
@@ -46,8 +87,9 @@ class Case(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Seconds for the first sync and for the change of one endpoint; and of a packet."""
+    """Seconds to restore all rules, for the first sync, for one changed endpoint; and a packet."""
 
+    restore_seconds: float
     full_seconds: float
     change_seconds: float
     first_packet_us: float
@@ -57,13 +99,14 @@ def main() -> None:
     options = arguments()
     isolate("bench.iptables")
     make_network()
-    results = asyncio.run(measured(options.sizes))
+    calm_collector()
+    results = asyncio.run(measured(options.sizes, alone=options.alone))
     print(json.dumps(results, indent=1))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-async def measured(cases: list[Case]) -> dict[str, dict[str, object]]:
+async def measured(cases: list[Case], *, alone: bool) -> dict[str, dict[str, object]]:
     results: dict[str, dict[str, object]] = {}
     for case in cases:
         tables = tables_with(programs_of(4)[case.flavour])
@@ -71,10 +114,12 @@ async def measured(cases: list[Case]) -> dict[str, dict[str, object]]:
         ips = [cluster.cluster_ip(number) for number in range(case.services)]
         ours = await with_pyproxy(tables, cluster, ips)
         await remove([tables], 4)
+        results[str(case)] = {"pyproxy": rounded(ours)}
+        if alone:
+            continue
         theirs = await in_shape_of_kube_proxy(tables, cluster, ips)
         await remove([tables], 4)
-        results[str(case)] = {
-            "pyproxy": rounded(ours),
+        results[str(case)] |= {
             "kube-proxy's shape": rounded(theirs),
             "kube-proxy's shape / pyproxy": rounded(
                 Figures(*(b / a for a, b in zip(ours, theirs, strict=True)))
@@ -107,10 +152,26 @@ async def with_pyproxy(tables: Iptables, cluster: Cluster, ips: list[str]) -> Fi
         cluster.change()
         port = port_plan(cluster, number)
         plan.put(port.owner, port)
+        await asyncio.sleep(PAUSE_SECONDS)
         started_at = perf_counter()
         await carrier.sync(plan, {port.owner})
         changes.append(perf_counter() - started_at)
-    return Figures(full, median(changes), first_packet_us(ips))
+    await target.aclose()
+    packet_us = first_packet_us(ips)
+    return Figures(await restoring(tables, plan), full, median(changes), packet_us)
+
+
+async def restoring(tables: Iptables, plan: Plan) -> float:
+    """Return how long the program takes for all rules, as kube-proxy's are restored."""
+    await remove_chains(tables)
+    items: Items = {}
+    for port in plan.ports.values():
+        items |= compile_owner(RULESET, port, {})
+    lines = [line.text for line in rewritten(chains_of(RULESET, items))]
+    await tables.restore(founded({}, fixed_chains(RULESET), JUMPS))
+    started_at = perf_counter()
+    await restored(tables, lines)
+    return perf_counter() - started_at
 
 
 def port_plan(cluster: Cluster, number: int) -> PortPlan:
@@ -125,9 +186,14 @@ def port_plan(cluster: Cluster, number: int) -> PortPlan:
 
 
 async def in_shape_of_kube_proxy(tables: Iptables, cluster: Cluster, ips: list[str]) -> Figures:
-    """Load the rules, and change an endpoint: its chains and all of the top level are rewritten."""
-    everything = list(range(cluster.services))
-    lines = table(cluster, everything, hook=True)
+    """Load the rules, and change an endpoint: its chains and all of the top level are rewritten.
+
+    What kube-proxy has to do before it restores is not in it.
+    A chain that is gone stays, as in large clusters, where kube-proxy looks for such once in a
+    sync period.
+    """
+    await tables.restore(founded({}, FIXED, JUMPS))
+    lines = text(cluster, list(range(cluster.services)))
     started_at = perf_counter()
     await restored(tables, lines)
     full = perf_counter() - started_at
@@ -135,64 +201,69 @@ async def in_shape_of_kube_proxy(tables: Iptables, cluster: Cluster, ips: list[s
     for _ in range(CHANGES if full < 20 else 1):
         number = cluster.next_to_change()
         cluster.change()
-        lines = table(cluster, [number], hook=False)
+        lines = text(cluster, [number])
+        await asyncio.sleep(PAUSE_SECONDS)
         started_at = perf_counter()
         await restored(tables, lines)
         changes.append(perf_counter() - started_at)
-    return Figures(full, median(changes), first_packet_us(ips))
+    return Figures(full, full, median(changes), first_packet_us(ips))
 
 
 async def restored(tables: Iptables, lines: list[str]) -> None:
     """Restore as kube-proxy does: it starts the program each time."""
     name = tables.programs.restore
-    answer = await run([name, "--noflush", "-w", LOCK_SECONDS], "\n".join([*lines, ""]))
+    options = ["--noflush", "--counters", "-w", LOCK_SECONDS]
+    answer = await run([name, *options], "\n".join([*lines, ""]))
     assert answer.code == 0, answer.error
 
 
-def table(cluster: Cluster, rewritten: list[int], *, hook: bool) -> list[str]:
-    lines = ["*nat", ":KUBE-SERVICES - [0:0]", ":KUBE-MARK-MASQ - [0:0]"]
-    rules = ["-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000"]
-    rules += [dispatch(cluster, number) for number in range(cluster.services)]
-    for number in rewritten:
-        for chain, own in chains(cluster, number):
-            lines.append(f":{chain} - [0:0]")
-            rules += own
-    return [*lines, *rules, *([HOOK] if hook else []), "COMMIT"]
+def text(cluster: Cluster, numbers: list[int]) -> list[str]:
+    """Return the input of one sync: both tables, with the chains of these Services."""
+    own = dict(entry for number in numbers for entry in chains(cluster, number))
+    services = [dispatch(cluster, number) for number in range(cluster.services)]
+    nat = {**NAT, SERVICES: [*services, *to_node_ports(RULESET)], **own}
+    return [*table("filter", FILTER), *table("nat", nat)]
+
+
+def table(name: str, chains: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    yield f"*{name}"
+    yield from (f":{chain} - [0:0]" for chain in chains)
+    for chain, rules in chains.items():
+        yield from (f"-A {chain} {rule}" for rule in rules)
+    yield "COMMIT"
 
 
 def dispatch(cluster: Cluster, number: int) -> str:
-    chain, ip = f"KUBE-SVC-{hashed(service_name(number))}", cluster.cluster_ip(number)
-    note = f'-m comment --comment "default/{service_name(number)}:http cluster IP"'
-    return f"-A KUBE-SERVICES {note} -m tcp -p tcp -d {ip} --dport {PORT} -j {chain}"
+    name, ip = service_name(number), cluster.cluster_ip(number)
+    note = comment(f"default/{name}:http cluster IP")
+    return f"{note}-m tcp -p tcp -d {ip} --dport {PORT} -j KUBE-SVC-{hashed(name)}"
 
 
 def chains(cluster: Cluster, number: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield the chain of a Service and those of its endpoints, each with its rules."""
     name, ip = service_name(number), cluster.cluster_ip(number)
-    note = f'-m comment --comment "default/{name}:http'
-    service = f"KUBE-SVC-{hashed(name)}"
-    to_service = f'{note} cluster IP" -m tcp -p tcp -d {ip} --dport {PORT}'
-    rules = [f"-A {service} {to_service} ! -s 10.128.0.0/9 -j KUBE-MARK-MASQ"]
+    whose = f"default/{name}:http"
+    is_commented = cluster.endpoint_count <= MANY_ENDPOINTS
+    to_service = f"{comment(f'{whose} cluster IP')}-m tcp -p tcp -d {ip} --dport {PORT}"
+    rules = [f"{to_service} ! -s {RULESET.pods} -j {MARK_MASQ}"]
     endpoints = cluster.endpoints(number)
-    for index, endpoint in enumerate(endpoints):
+    for left, endpoint in zip(range(len(endpoints), 0, -1), endpoints, strict=True):
         chain = f"KUBE-SEP-{hashed(name + endpoint)}"
-        left = len(endpoints) - index
-        share = f" -m statistic --mode random --probability {1 / left:0.10f}" if left > 1 else ""
-        rules.append(f'-A {service} {note} -> {endpoint}:{TARGET_PORT}"{share} -j {chain}')
-        dnat = f"-m tcp -p tcp -j DNAT --to-destination {endpoint}:{TARGET_PORT}"
-        yield (
-            chain,
-            [
-                f'-A {chain} {note}" -s {endpoint} -j KUBE-MARK-MASQ',
-                f'-A {chain} {note}" {dnat}',
-            ],
-        )
-    yield service, rules
+        note = comment(f"{whose} -> {endpoint}:{TARGET_PORT}") if is_commented else ""
+        share = f"-m statistic --mode random --probability {1 / left:0.10f} " if left > 1 else ""
+        rules.append(f"{note}{share}-j {chain}")
+        note = comment(whose) if is_commented else ""
+        masquerading = f"{note}-s {endpoint} -j {MARK_MASQ}"
+        to_endpoint = f"{note}-m tcp -p tcp -j DNAT --to-destination {endpoint}:{TARGET_PORT}"
+        yield chain, [masquerading, to_endpoint]
+    yield f"KUBE-SVC-{hashed(name)}", rules
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="300x5, in half a minute")
     parser.add_argument("--sizes", type=cases, help="flavour:Services x endpoints, with commas")
+    parser.add_argument("--alone", action="store_true", help="without kube-proxy's shape")
     parser.add_argument("--json", type=lambda text: Path(text).absolute(), help="for the figures")
     options = parser.parse_args()
     default = "nft:300x5,legacy:300x5" if options.quick else "nft:1000x10,legacy:10000x10"

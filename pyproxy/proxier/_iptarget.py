@@ -8,42 +8,22 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import closing
-from dataclasses import dataclass, field
 
 from pyproxy.counters import NOTHING, Entry
 from pyproxy.delta import Delta
-from pyproxy.model import Family, ServicePortName
-from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
+from pyproxy.model import Family
+from pyproxy.proxier._ipmembers import MemberSets, destroy_sets, held_members
 from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.reconcile import ApplyError, Difference
 from pyproxy.report import RestoreReport
-from pyproxy.rules.iptables import (
-    CLUSTER_IPS,
-    HAIRPIN,
-    MEMBER,
-    SETS,
-    Content,
-    Item,
-    Ruleset,
-    set_name,
-)
+from pyproxy.rules.iptables import MEMBER, SETS, Content, Item, Ruleset
 from pyproxy.rules.iptables_base import Place, jumps
 from pyproxy.rules.iptables_counts import entries
 from pyproxy.rules.iptables_layout import Layout, read
 from pyproxy.rules.iptables_text import Line, Rules, cleared, counted, founded, parsed, rewritten
 
-KINDS = {CLUSTER_IPS: IP_PORT, HAIRPIN: IP_PORT_IP}
 ATTEMPTS = 16  # for one change, each without something that was refused
 RANKS = {"SEP": 0, "SVC": 1, "SVL": 1, "EXT": 2, "FW-": 3}  # of chains: later ones lead to earlier
-
-
-@dataclass(slots=True)
-class Members:
-    """Who wants each member of a set; and which members the kernel has."""
-
-    users: dict[str, set[ServicePortName | None]] = field(default_factory=dict)
-    held: set[str] = field(default_factory=set)
 
 
 class IpTarget:
@@ -69,7 +49,7 @@ class IpTarget:
         self._layout = Layout(ruleset())
         self._held: dict[Place, tuple[str, ...]] = {}
         self._rewritten: set[Place] = set()  # since counters were read: they count anew
-        self._members: dict[str, Members] = {}
+        self._members = MemberSets(self._family)
         self._missing: list[str] = []  # lines that add what every sync relies on
         self._due: dict[Place, tuple[str, ...] | None] = {}  # chains that may have to be sent
         self._sure = False  # that ``_held`` is what we left
@@ -86,7 +66,7 @@ class IpTarget:
         self._sure = False
         try:
             there = parsed(await self._tables.save())
-            members = await asyncio.to_thread(self._read_members)
+            members = await self._members.read()
         except (IptablesError, OSError) as error:
             raise ApplyError(str(error)) from error
         ruleset = self.ruleset = self._ruleset()
@@ -115,10 +95,10 @@ class IpTarget:
         for item, (_before, content) in delta.changed.items():
             self._put(item, content)
         try:
-            await asyncio.to_thread(self._add_members)
+            await self._members.add_wanted()
             asked = {i for i in (*delta.added, *delta.changed) if i.table != SETS}
             refused = await self._write(asked)
-            await asyncio.to_thread(self._remove_members)
+            await self._members.remove_unwanted()
         except (IptablesError, OSError) as error:
             raise ApplyError(str(error)) from error
         finally:
@@ -158,7 +138,8 @@ class IpTarget:
 
     async def clear(self) -> None:
         """Remove every rule and set of ours. Raises ``ApplyError``."""
-        self._held, self._members = {}, {}
+        self._held = {}
+        self._members.forget()
         self._sure = False
         self.established.clear()
         try:
@@ -169,6 +150,7 @@ class IpTarget:
     async def aclose(self) -> None:
         """Leave the rules as they are: they carry the traffic."""
         await self._tables.aclose()
+        await self._members.aclose()
 
     def _tell(self) -> None:
         full, self._full = self._full, False
@@ -180,49 +162,15 @@ class IpTarget:
 
     def _put(self, item: Item, content: Content) -> None:
         if item.table == SETS:
-            users = self._members[item.chain].users
-            users.setdefault(item.match, set()).add(item.owner)
+            self._members.put(item)
         else:
             self._layout.put(item, content)
 
     def _remove(self, item: Item) -> None:
-        if item.table != SETS:
+        if item.table == SETS:
+            self._members.drop(item)
+        else:
             self._layout.drop(item)
-            return
-        users = self._members[item.chain].users
-        if item.match in users:
-            users[item.match].discard(item.owner)
-            if not users[item.match]:
-                del users[item.match]
-
-    # --- sets ---------------------------------------------------------------------------------
-
-    def _read_members(self) -> dict[Item, Content]:
-        items: dict[Item, Content] = {}
-        self._members = {}
-        with closing(IpSets(self._family)) as sets:
-            for name, kind in KINDS.items():
-                held = sets.members(set_name(name, self._family))
-                if held is None:
-                    sets.create(set_name(name, self._family), kind)
-                members = self._members[name] = Members(held=held or set())
-                members.users = {member: {None} for member in members.held}
-                items |= {Item(SETS, name, member): MEMBER for member in members.held}
-        return items
-
-    def _add_members(self) -> None:
-        with closing(IpSets(self._family)) as sets:
-            for name, members in self._members.items():
-                if new := members.users.keys() - members.held:
-                    sets.add(set_name(name, self._family), new)
-                    members.held |= new
-
-    def _remove_members(self) -> None:
-        with closing(IpSets(self._family)) as sets:
-            for name, members in self._members.items():
-                if gone := members.held - members.users.keys():
-                    sets.remove(set_name(name, self._family), gone)
-                    members.held -= gone
 
     # --- chains -------------------------------------------------------------------------------
 
@@ -316,16 +264,6 @@ class IpTarget:
         return await self._send()
 
 
-def held_members(family: Family) -> dict[Item, Content]:
-    """Return the members of our sets. Raises ``OSError``."""
-    with closing(IpSets(family)) as sets:
-        return {
-            Item(SETS, name, member): MEMBER
-            for name in KINDS
-            for member in sets.members(set_name(name, family)) or ()
-        }
-
-
 def differing(wanted: Mapping[Item, Content], held: Mapping[Item, Content]) -> Iterator[Difference]:
     for item, content in wanted.items():
         there = held.get(item._replace(owner=None))
@@ -360,12 +298,6 @@ async def remove_chains(tables: Iptables) -> None:
             await tables.arrange(lines)
     finally:
         await tables.aclose()
-
-
-def destroy_sets(family: Family) -> None:
-    with closing(IpSets(family)) as sets:
-        for name in KINDS:
-            sets.destroy(set_name(name, family))
 
 
 def differences(one: Rules, other: Rules) -> int:

@@ -123,7 +123,7 @@ def suffix_of(owner: ServicePortName) -> str:
 
 @lru_cache(maxsize=8192)
 def hashed(text: str) -> str:
-    return b32encode(sha256(text.encode()).digest())[:16].decode()
+    return b32encode(sha256(text.encode()).digest()[:10]).decode()  # 16 characters
 
 
 def external_chains(port: PortPlan) -> dict[Frontend, str]:
@@ -132,6 +132,8 @@ def external_chains(port: PortPlan) -> dict[Frontend, str]:
     They share one, but for load balancer IPs that treat pods and the node in a way of their own.
     """
     found = [r for r in port.routes if r.kind != "ClusterIP" and forwards(r)]
+    if not found:
+        return {}
     usual = next((insider_actions(r) for r in found if r.kind != "LoadBalancer"), None)
     shared = f"KUBE-EXT-{suffix_of(port.owner)}"
     apart = f"KUBE-EXT-{hashed(f'{port.owner}{port.owner.proto.lower()} balanced')}"

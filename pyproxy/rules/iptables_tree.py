@@ -7,8 +7,10 @@ first four bits in which the addresses differ: ``-d PREFIX -g KUBE-T-PREFIX``.
 from collections.abc import Sequence
 from functools import lru_cache
 from ipaddress import ip_address
+from socket import AF_INET, AF_INET6, inet_pton
 from typing import NamedTuple
 
+from pyproxy.model import family_of
 from pyproxy.rules.iptables import hashed
 
 LEAVES = 16  # rules that a chain may have before it branches
@@ -25,7 +27,7 @@ class Leaf(NamedTuple):
 
 @lru_cache(maxsize=1 << 16)
 def digits_of(ip: str) -> str:
-    return ip_address(ip).packed.hex()
+    return inet_pton(AF_INET if family_of(ip) == 4 else AF_INET6, ip).hex()
 
 
 def tree(leaves: Sequence[Leaf]) -> dict[str, tuple[str, ...]]:

@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_network
+from unittest.mock import patch
 
 import pytest
 from msgspec import structs
@@ -16,12 +17,24 @@ from pyproxy.plan import Plan, Site, plan_port
 from pyproxy.proxier import _nfacct
 from pyproxy.proxier._conntrack import Conntrack
 from pyproxy.proxier._flavour import programs_of
+from pyproxy.proxier._ipmembers import MemberSets, destroy_sets
 from pyproxy.proxier._ipset import IP_PORT, IP_PORT_IP, IpSets
 from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.proxier._iptarget import IpTarget, remove
+from pyproxy.proxier._netlink import Netlink
 from pyproxy.reconcile import Reconciler
 from pyproxy.report import RestoreReport
-from pyproxy.rules.iptables import CLUSTER_IPS, Item, Ruleset, compile_owner, set_name, suffix_of
+from pyproxy.rules.iptables import (
+    CLUSTER_IPS,
+    HAIRPIN,
+    MEMBER,
+    SETS,
+    Item,
+    Ruleset,
+    compile_owner,
+    set_name,
+    suffix_of,
+)
 from pyproxy.rules.iptables_base import CANARY, INVALID_DROPPED, LOCALHOST_ACCEPTED
 from pyproxy.rules.iptables_layout import chains_of
 from pyproxy.rules.iptables_text import is_ours, parsed
@@ -60,11 +73,12 @@ class Clock:
 
 
 class Counting(Iptables):
-    """Tables that count what is written to them."""
+    """Tables that count what is written to them, and by how many targets."""
 
     def __init__(self, programs):
         super().__init__(programs)
         self.inputs = []
+        self.targets = []
 
     async def restore(self, lines):
         self.inputs.append(lines)
@@ -94,7 +108,8 @@ async def tables(request):
     flush(programs)
     tables = Counting(programs)
     yield tables
-    await tables.aclose()
+    for each in (*tables.targets, tables):
+        await each.aclose()
     flush(programs)
     output_of("ipset", "destroy")
 
@@ -107,8 +122,14 @@ def ruleset(tables):
     return Ruleset(family, pods=pods, localhost_node_ports=family == 4, counted=counted)
 
 
-def proxier(tables, ruleset, *, drifted=lambda count: None, restored=lambda report: None):
-    target = IpTarget(tables, lambda: ruleset, drifted, restored)
+def target_of(tables, ruleset, **heard):
+    target = IpTarget(tables, lambda: ruleset, **heard)
+    tables.targets.append(target)
+    return target
+
+
+def proxier(tables, ruleset, **heard):
+    target = target_of(tables, ruleset, **heard)
     return Reconciler("iptables", ruleset.family, partial(compile_owner, ruleset), target, Clock())
 
 
@@ -152,9 +173,22 @@ async def test_a_change_writes_the_chains_it_concerns(tables, ruleset):
     assert {line.split(" ")[0][1:9] for line in lines if line.startswith(":")} == {"KUBE-SVC"}
 
 
+async def test_a_change_closes_no_socket_of_netfilter(tables, ruleset):
+    """To close one waits until the kernel has freed what the last commit replaced."""
+    carrier = proxier(tables, ruleset)
+    plan = cluster(ruleset.family)
+    await carrier.sync(plan, set(plan.ports))
+    closed = []
+    with patch.object(Netlink, "close", lambda self: closed.append(self)):
+        for endpoints in (4, 1):
+            plan = cluster(ruleset.family, endpoints=endpoints)
+            assert (await carrier.sync(plan, set(plan.ports))).changed
+    assert closed == []
+
+
 async def test_rules_are_counted_as_they_are_written(tables, ruleset):
     plan, reports = cluster(ruleset.family), []
-    carrier = proxier(tables, ruleset, restored=reports.append)
+    carrier = proxier(tables, ruleset, on_restore=reports.append)
     await carrier.sync(plan, set(plan.ports))
     there = parsed(await tables.save())
     owned = Counter({"filter": 0, "nat": 0})
@@ -174,7 +208,7 @@ async def test_rules_are_counted_as_they_are_written(tables, ruleset):
 
 async def test_a_restore_that_failed_is_told(tables, ruleset):
     reports = []
-    target = IpTarget(tables, lambda: ruleset, on_restore=reports.append)
+    target = target_of(tables, ruleset, on_restore=reports.append)
     await target.adopt()
     await target.apply(Delta({}, {}, {}))
     bad = Item("nat", "KUBE-SVC-BAD")
@@ -209,7 +243,7 @@ def test_counters_come_and_go():
 
 async def test_what_others_flush_is_there_again_and_told(tables, ruleset):
     plan, told = cluster(ruleset.family), []
-    carrier = proxier(tables, ruleset, drifted=told.append)
+    carrier = proxier(tables, ruleset, on_drift=told.append)
     await carrier.sync(plan, set(plan.ports))
     before = without_counters(await tables.save())
     assert await tables.has_canary()
@@ -251,7 +285,7 @@ async def test_clearing_an_empty_host_writes_nothing(tables, ruleset):
 
 
 async def test_a_rule_that_is_refused_is_left_out_with_what_leads_to_it(tables, ruleset):
-    target = IpTarget(tables, lambda: ruleset)
+    target = target_of(tables, ruleset)
     await target.adopt()
     ip = "10.96.0.9/32" if ruleset.family == 4 else "fd00:10:96::9/128"
     bad = Item("nat", "KUBE-SVC-BAD")
@@ -272,7 +306,7 @@ async def test_a_rule_that_is_refused_is_left_out_with_what_leads_to_it(tables, 
 
 async def test_what_the_kernel_refuses_does_not_stop_the_rest(tables, ruleset):
     """The kernel, unlike the program, may say no more than that the whole is not to its liking."""
-    target = IpTarget(tables, lambda: ruleset)
+    target = target_of(tables, ruleset)
     await target.adopt()
     bad = Item("nat", "KUBE-SVC-BAD")
     good = Item("nat", "KUBE-SVC-GOOD")
@@ -320,6 +354,34 @@ def test_sets_hold_what_was_added_and_not_removed(family):
             sets.destroy(name)
     finally:
         sets.close()
+
+
+async def test_members_are_there_as_long_as_an_owner_wants_them():
+    sets, kernel, name = MemberSets(4), IpSets(4), set_name(HAIRPIN, 4)
+    first, second = (f"10.0.0.{n},tcp:80,10.0.0.{n}" for n in (1, 2))
+    one, other = (ServicePortName("default", word, "http", "TCP") for word in ("one", "other"))
+    steps = [  # who wants what, who wants it no more, and what is there then
+        ([(first, one), (second, one)], [(first, None)], {first, second}),
+        ([(second, other)], [(first, one), (second, one)], {second}),
+        ([(first, one)], [(first, one), (first, other)], {second}),
+        ([], [(second, other)], set()),
+    ]
+    try:
+        kernel.create(name, IP_PORT_IP)
+        kernel.add(name, [first])
+        assert await sets.read() == {Item(SETS, HAIRPIN, first): MEMBER}
+        for wanted, unwanted, there in steps:
+            for member, owner in wanted:
+                sets.put(Item(SETS, HAIRPIN, member, owner))
+            for member, owner in unwanted:
+                sets.drop(Item(SETS, HAIRPIN, member, owner))
+            await sets.add_wanted()
+            await sets.remove_unwanted()
+            assert kernel.members(name) == there
+    finally:
+        await sets.aclose()
+        kernel.close()
+        destroy_sets(4)
 
 
 async def test_the_canary_is_in_each_table(tables, ruleset):
