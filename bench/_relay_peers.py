@@ -19,9 +19,10 @@ from pyproxy.balancer import Picker
 from pyproxy.model import Address, Backend, Forward, Frontend, Pool, Route, ServicePortName
 from pyproxy.proxier._accept import TcpFront
 from pyproxy.proxier._batch import DATAGRAMS, HEADER_WORDS, Batch
+from pyproxy.proxier._flow import IdleTimeouts, UdpRelay
 from pyproxy.proxier._sockets import listening
 from pyproxy.proxier._tcp import TcpRelay
-from pyproxy.proxier._udp import IdleTimeouts, UdpFront, UdpRelay
+from pyproxy.proxier._udp import UdpFront
 from pyproxy.rules.listeners import Listener, Surroundings
 
 IP = "127.0.0.1"

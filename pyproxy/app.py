@@ -280,6 +280,9 @@ class App:
             resync=lane.resync,
             cleaned=partial(self._metrics.conntrack_reconciled, lane.family),
             drifted=partial(self._drifted, tasks, lane.family),
+            worker_lost=partial(
+                self._metrics.count, "pyproxy_worker_restarts_total", f"IPv{lane.family}"
+            ),
             restored=self._metrics.restored,
             counted=self._metrics.count_elsewhere,
             passed=partial(self._metrics.passed, lane.family),

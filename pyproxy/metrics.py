@@ -94,6 +94,9 @@ COUNTERS = (
     Row(f"{SYNC}_nftables_cleanup_failures_total", "Failed chain deletions", FAMILY, NFTABLES),
     Row(f"{CONNTRACK}_deleted_entries_total", "Flows deleted: their backend is gone", FAMILY),
     Row("pyproxy_rules_repaired_total", "Rules that others had changed", FAMILY),
+    Row(
+        "pyproxy_worker_restarts_total", "Workers that ended by themselves", FAMILY, ("userspace",)
+    ),
     Row("rest_client_requests_total", "Requests to the API server", ("code", "method", "host")),
 )
 

@@ -48,6 +48,7 @@ _RANGES: Final = (
     ("iptables.masquerade_bit", 0, 31),
     ("nftables.masquerade_bit", 0, 31),
     ("oom_score_adj", -1000, 1000),
+    ("userspace.workers", 0, 64),
 )
 _NOT_NEGATIVE: Final = (
     "client_connection.burst",

@@ -3,7 +3,7 @@
 from typing import Final
 
 from pyproxy.config import CAPTURES, MODES_BESIDE, SERVICE_METRICS, SOCKET_LB
-from pyproxy.config.flags_kinds import BOOL, CIDRS, DURATION, LOOP, STRING, Flag, Group
+from pyproxy.config.flags_kinds import BOOL, CIDRS, DURATION, INTEGER, LOOP, STRING, Flag, Group
 
 OWN: Final = Group(
     "pyproxy's own",
@@ -103,6 +103,13 @@ USERSPACE: Final = Group(
             DURATION,
             "userspace.drain_timeout_seconds",
             "How long to serve after SIGTERM, until a successor has taken over.",
+        ),
+        Flag(
+            "userspace-workers",
+            INTEGER,
+            "userspace.workers",
+            "How many processes relay for each IP family; 0 is one for each core. With 1, pyproxy "
+            "itself does.",
         ),
         Flag(
             "userspace-runtime-dir",

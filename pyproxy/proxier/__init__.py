@@ -16,6 +16,7 @@ from pyproxy.model import Family, Node, Proto
 from pyproxy.reconcile import Clock, Proxier
 from pyproxy.report import RestoreReport
 
+WORKER_MODULE = "pyproxy.worker"  # where a worker process of a mode begins
 PREFERENCE = ("nftables", "iptables", "ipvs", "userspace")  # for ``auto``, best first
 
 
@@ -37,6 +38,7 @@ class Env:
     # Others changed so much of a table: the count, and who it may have been.
     drifted: Callable[[str, int, str], None] = lambda table, count, who: None
     restored: Callable[[RestoreReport], None] = lambda report: None
+    worker_lost: Callable[[], None] = lambda: None  # a worker process ended by itself
     # A metric that the kernel counts, and how to read it; and packets by chain of a table.
     counted: Callable[[str, Callable[[], int | None]], None] = lambda metric, read: None
     passed: Callable[[str, Mapping[str, int]], None] = lambda table, packets: None

@@ -8,78 +8,39 @@ frontend has sockets of its own, and filters on them keep silent.
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from pyproxy.config import CAPTURES
 from pyproxy.counters import NOTHING, Counts
 from pyproxy.model import Family, Frontend, Route
 from pyproxy.proxier._lookup import Lookup, Unsupported
-from pyproxy.proxier._sockets import Shared, shared_by_all
+from pyproxy.proxier._sockets import Shared, doors
 from pyproxy.proxier._tproxy import ByRules, why_no_rules
+from pyproxy.proxier._way import Capture
 from pyproxy.rules.capture import PASS, audible, entry
 from pyproxy.rules.listeners import Surroundings
 
 log = logging.getLogger(__name__)
 
 
-class Capture(Protocol):
-    """One way, for one family."""
-
-    sockets: Shared | None  # where it brings packets to
-
-    def takes(self, route: Route) -> bool:
-        """Say whether packets for such a frontend come to the shared sockets."""
-        ...
-
-    def put(self, frontend: Frontend, route: Route, *, foreign: bool) -> None:
-        """Take in a frontend that is ready to be served. Raises ``OSError``.
-
-        Of a foreign one nothing but the port is this node's.
-        """
-        ...
-
-    def drop(self, frontend: Frontend) -> None: ...
-
-    def refused(self, frontend: Frontend) -> Counts:
-        """Return what it has kept from a frontend, as far as it counts. Raises ``OSError``."""
-        ...
-
-    def commit(self) -> None:
-        """Have all that was said before in effect. Raises ``OSError``; then none of it is."""
-        ...
-
-    def silence(self, ip: str) -> None:
-        """Keep silent at the ports of this address that are no frontend's. Raises ``OSError``."""
-        ...
-
-    def unsilence(self, ip: str) -> None: ...
-
-    def surround(self, around: Surroundings, node_port_ips: Sequence[str] | None) -> None:
-        """Take in where connections come from, and where node ports are served; None: all."""
-        ...
-
-    def close(self) -> None: ...
-
-    def leave(self) -> None:
-        """Let go of everything, for a successor has the same."""
-        ...
-
-
 class ByLookup:
     """A program at the kernel's socket lookup decides for each frontend and origin."""
 
-    def __init__(self, family: Family, sockets: Shared | None = None) -> None:
+    def __init__(self, family: Family, inherited: Sequence[Shared] = (), workers: int = 1) -> None:
         """Raises ``Unsupported``."""
         self._family = family
         try:
-            self.sockets: Shared | None = sockets or shared_by_all(family)
+            self.doors: Sequence[Shared] = doors(family, workers, inherited)
         except OSError as error:
             raise Unsupported(error.strerror) from error
         try:
-            self._lookup = Lookup(family, self.sockets)
+            self._lookup = Lookup(family, self.doors[:workers])
         except Unsupported:
-            self.sockets.close()
+            close_all(self.doors)
             raise
+
+    @property
+    def kept(self) -> list[int]:
+        return self._lookup.kept
 
     def takes(self, route: Route) -> bool:
         return True
@@ -110,8 +71,7 @@ class ByLookup:
 
     def close(self) -> None:
         self._lookup.close()
-        if self.sockets is not None:
-            self.sockets.close()
+        close_all(self.doors)
 
     leave = close
 
@@ -119,11 +79,11 @@ class ByLookup:
 class ByListeners:
     """Each frontend has its own sockets; the program, where it may be, silences other ports."""
 
-    sockets: Shared | None = None
+    doors: Sequence[Shared] = ()
+    kept: list[int] = []  # noqa: RUF012 - nobody else serves
 
-    def __init__(self, family: Family, sockets: Shared | None = None) -> None:
-        if sockets is not None:
-            sockets.close()  # a predecessor had another way
+    def __init__(self, family: Family, inherited: Sequence[Shared] = (), _workers: int = 1) -> None:
+        close_all(inherited)  # a predecessor had another way
         self._lookup: Lookup | None = None
         try:
             self._lookup = Lookup(family)
@@ -172,7 +132,7 @@ class ByListeners:
 BRIDGED = [
     Path("/proc/sys/net/bridge", f"bridge-nf-call-{tables}") for tables in ("iptables", "ip6tables")
 ]
-WAYS: dict[str, Callable[[Family, Shared | None], Capture]] = {
+WAYS: dict[str, Callable[[Family, Sequence[Shared], int], Capture]] = {
     "sk_lookup": ByLookup,
     "tproxy": ByRules,
     "listeners": ByListeners,
@@ -184,9 +144,15 @@ def why_not(name: str) -> str | None:
     if name == "tproxy":
         return why_no_rules()
     try:
-        WAYS[name](4, None).close()
+        trial = WAYS[name](4, (), 1)
     except Unsupported as why:
         return str(why)
+    try:
+        trial.commit()
+    except OSError as error:
+        return str(error.strerror)
+    finally:
+        trial.close()
     return None
 
 
@@ -197,6 +163,11 @@ def risk(name: str) -> str | None:
     on = [path for path in BRIDGED if path.exists() and path.read_text().strip() != "0"]
     # A bridged packet meets the rules inside the bridge, and loses its socket on leaving it.
     return f"rules see packets inside of bridges: {on[0].name} is 1" if on else None
+
+
+def close_all(pairs: Sequence[Shared]) -> None:
+    for pair in pairs:
+        pair.close()
 
 
 def best() -> str:

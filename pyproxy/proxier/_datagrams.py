@@ -73,7 +73,7 @@ class Requests(Reader):
     ) -> None:
         super().__init__(poller, sock)
         self._give_to = received
-        self._number = b"%d" % sock.fileno()
+        self._number = own_number(sock)
         self._wildcard = wildcard
 
     def _received(self) -> tuple[bytes, Key]:
@@ -111,6 +111,11 @@ class Datagrams(Reader):
         front = self._front_of(local)
         if front is not None:
             front.take(data, peer, local, thick=thick)
+
+
+def own_number(sock: socket.socket) -> bytes:
+    """Return what stands for the address of a socket that has one."""
+    return b"%d" % sock.fileno()
 
 
 def local_address(extra: list[tuple[int, int, bytes]]) -> bytes:

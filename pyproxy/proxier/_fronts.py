@@ -5,7 +5,7 @@ Those that the capture takes have no socket of their own; all others do.
 
 import logging
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from socket import SocketType
 
 from msgspec import Struct
@@ -14,11 +14,12 @@ from pyproxy.balancer import Picker
 from pyproxy.counters import NOTHING, Counts, Entry, total
 from pyproxy.model import Address, Family, Frontend, Proto, ServicePortName
 from pyproxy.proxier._accept import TcpFront, listen, unlisten
-from pyproxy.proxier._capture import Capture
 from pyproxy.proxier._datagrams import Datagrams
-from pyproxy.proxier._handover import Bound, Entrances
+from pyproxy.proxier._flow import UdpRelay
+from pyproxy.proxier._given import Bound, Entrances, GivenFlow
 from pyproxy.proxier._meter import Carried, Meter
 from pyproxy.proxier._sockets import (
+    Shared,
     attach_guard,
     check_free,
     destination,
@@ -27,7 +28,8 @@ from pyproxy.proxier._sockets import (
     why_not,
 )
 from pyproxy.proxier._tcp import TcpRelay
-from pyproxy.proxier._udp import UdpFront, UdpRelay
+from pyproxy.proxier._udp import UdpFront
+from pyproxy.proxier._way import Capture
 from pyproxy.reconcile import Difference
 from pyproxy.rules.guard import DROP_ALL, Program, guard
 from pyproxy.rules.listeners import (
@@ -64,16 +66,23 @@ class Fronts:
         udp: UdpRelay,
         capture: Capture,
         inherited: Mapping[Bound, socket.socket],
+        *,
+        checks_ports: bool = True,
     ) -> None:
+        """``checks_ports`` unless another process does: those of other programs are theirs."""
+        self._checks_ports = checks_ports
         self._family = family
         self._tcp = tcp
         self._udp = udp
         self.capture = capture
         self._inherited = dict(inherited)  # sockets of frontends' own, until they are there again
         self._outdated: list[TcpFront | UdpFront] = []  # until the capture leads elsewhere
-        self._datagrams: Datagrams | None = None
-        self.sockets: list[socket.socket] = []  # where the capture brings connections to
-        self._admits = False  # by the shared sockets: not before all frontends are there
+        self._datagrams: dict[Shared, Datagrams] = {}  # of the doors that we look after
+        self.sockets: list[socket.socket] = []  # likewise, those for connections
+        self.is_retired = False
+        # Asked for a frontend that is not here: make it so, and say whether it is now.
+        self.wake: Callable[[Frontend], bool] = lambda _frontend: False
+        self._committed = False
         self._held: dict[Frontend, Held] = {}
         self._of_owner: dict[ServicePortName, dict[Frontend, Listener]] = {}
         self._around = Surroundings()
@@ -82,11 +91,21 @@ class Fronts:
     def held(self) -> set[Frontend]:
         return set(self._held)
 
+    def holds(self, frontend: Frontend) -> bool:
+        return frontend in self._held
+
     def listener(self, frontend: Frontend) -> Listener:
         return self._held[frontend].listener
 
     def listeners(self) -> dict[Frontend, Listener]:
         return {frontend: held.listener for frontend, held in self._held.items()}
+
+    def owners(self) -> list[ServicePortName]:
+        return list(self._of_owner)
+
+    def taken_of(self, owner: ServicePortName) -> list[Listener]:
+        """Return the listeners of an owner to which the capture brings clients."""
+        return [li for frontend, li in self.of(owner).items() if self._held[frontend].taken]
 
     def of(self, owner: ServicePortName) -> dict[Frontend, Listener]:
         return self._of_owner.get(owner, {})
@@ -99,7 +118,8 @@ class Fronts:
             there = stance(held.listener.route) if held is not None else None
             yield Difference(f"frontend {frontend}", does, there)
         elif does != "refuse" and held.front is not None:
-            sockets = self.sockets if held.taken and frontend.proto == "TCP" else held.front.sockets
+            is_shared = held.taken and frontend.proto == "TCP"
+            sockets = [door.tcp for door in self.capture.doors] if is_shared else held.front.sockets
             if not all(map(is_open, sockets)):
                 yield Difference(f"socket of {frontend}", does, None)
 
@@ -137,7 +157,7 @@ class Fronts:
             self._outdated.append(front)
             held.front = None
         try:
-            if taken and (before is None or not before.taken):
+            if taken and self._checks_ports and (before is None or not before.taken):
                 self._check_free(frontend)
             self._serve(frontend, held, picker)
             self._held[frontend] = held
@@ -165,7 +185,10 @@ class Fronts:
     def commit(self) -> None:
         """Have all changes in effect, and close what they replace. Raises ``OSError``."""
         self.capture.commit()
-        self._admit()
+        self._committed = True
+        for sock in self._inherited.values():
+            sock.close()  # of a frontend that is no more
+        self._inherited.clear()
         for front in self._outdated:
             front.close()
         self._outdated.clear()
@@ -180,14 +203,32 @@ class Fronts:
             held.rejected += 1
         return held.front if isinstance(held.front, TcpFront) else None
 
+    def give_flows(self) -> list[GivenFlow]:
+        """Let go of all flows of UDP, for another process."""
+        fronts = [held.front for held in self._held.values()]
+        return [g for f in fronts if isinstance(f, UdpFront) for g in f.give_flows()]
+
+    def take_flow(self, given: GivenFlow) -> None:
+        """Go on with a flow that another process has given, if it may still be."""
+        held = self._at(*given.local, "UDP")
+        if held is not None and isinstance(held.front, UdpFront):
+            held.front.take_flow(given)
+        else:
+            given.close()
+
     def udp_front(self, local: bytes) -> UdpFront | None:
         """Return the frontend that a datagram is for, by ``original_destination``."""
         held = self._at(*destination(local), "UDP")
         return held.front if held is not None and isinstance(held.front, UdpFront) else None
 
     def _at(self, ip: str, port: int, proto: Proto) -> Held | None:
-        own = self._held.get(Frontend(ip, port, proto))
-        return own or self._held.get(Frontend("", port, proto))
+        for frontend in (Frontend(ip, port, proto), Frontend("", port, proto)):
+            held = self._held.get(frontend)
+            if held is None and self.wake(frontend):
+                held = self._held.get(frontend)
+            if held is not None:
+                return held
+        return None
 
     def entrances(self) -> Entrances:
         """Return all sockets by which clients come in."""
@@ -196,31 +237,34 @@ class Fronts:
             for sock in held.front.sockets if held.front is not None else ():
                 ip, port = sock.getsockname()[:2]
                 own[Bound(ip, port, frontend.proto)] = sock
-        return Entrances(self.capture.sockets, own)
+        return Entrances(tuple(self.capture.doors), own)
 
-    def _admit(self) -> None:
-        shared = self.capture.sockets
-        for sock in self._inherited.values():
-            sock.close()  # of a frontend that is no more
-        self._inherited.clear()
-        if self._admits or shared is None:
+    def admit(self, door: Shared) -> None:
+        """Let clients in by a pair of shared sockets: when all frontends are there."""
+        if door in self._datagrams or self.is_retired:
             return
-        self._admits = True
-        self.sockets.append(shared.tcp)
-        listen(self._tcp, shared.tcp, self)
-        self._datagrams = Datagrams(self._udp.poller, shared.udp, self.udp_front)
+        self.sockets.append(door.tcp)
+        listen(self._tcp, door.tcp, self)
+        self._datagrams[door] = Datagrams(self._udp.poller, door.udp, self.udp_front)
+
+    def leave_to_others(self, door: Shared) -> None:
+        """Let nobody in by a pair of shared sockets any more: another process does."""
+        if door in self._datagrams:
+            self.sockets.remove(door.tcp)
+            unlisten(self._tcp, door.tcp)
+            self._datagrams.pop(door).close()
 
     def retire(self) -> None:
         """Let nobody in any more; a successor does, by the same addresses."""
-        for sock in self.sockets:
-            unlisten(self._tcp, sock)
-        self.sockets.clear()
-        if self._datagrams is not None:
-            self._datagrams.close()
+        self.is_retired = True
+        for door in list(self._datagrams):
+            self.leave_to_others(door)
         for held in self._held.values():
             if isinstance(held.front, TcpFront):
                 for sock in held.front.sockets:
                     unlisten(self._tcp, sock)
+            elif held.front is not None:
+                held.front.stop_reading()
 
     def leave(self) -> None:
         """Close the sockets of frontends; what the capture has in the kernel is the successor's.
@@ -259,7 +303,7 @@ class Fronts:
         moved = node_port_ips != self._node_port_ips
         self._around, self._node_port_ips = around, node_port_ips
         self.capture.surround(around, node_port_ips)
-        if self._admits:
+        if self._committed:
             self.capture.commit()
         for frontend, held in list(self._held.items()):
             if held.front is None or held.taken:

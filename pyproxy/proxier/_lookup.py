@@ -27,7 +27,7 @@ from pyproxy.rules.capture import (
     packed_standing,
     sizes,
 )
-from pyproxy.rules.capture_code import SERVING_UDP, Maps, code
+from pyproxy.rules.capture_code import SERVING_TCP, Maps, code
 from pyproxy.rules.listeners import Surroundings
 
 LPM_TRIE = 11
@@ -41,8 +41,12 @@ class Unsupported(Exception):
 class Lookup:
     """The entries for one family, in the network namespace of the process."""
 
-    def __init__(self, family: Family, serving: Shared | None = None) -> None:
-        """Load and attach the program, which leads to these sockets. Raises ``Unsupported``."""
+    def __init__(self, family: Family, serving: Sequence[Shared] = ()) -> None:
+        """Load the program, which leads to these sockets. Raises ``Unsupported``.
+
+        Of several pairs each is one worker's. The first ``commit`` attaches it: a program that is
+        attached knows all frontends.
+        """
         self._family = family
         self._pending: dict[bytes, bytes] = {}  # entries that are not in effect yet
         self._lists: dict[Frontend, tuple[int, tuple[Network, ...]]] = {}  # of allowed sources
@@ -53,34 +57,35 @@ class Lookup:
         self._node_port_keys: set[bytes] = set()
         self._sinks: list[socket.socket] = []
         self._handles: list[_bpf.Handle] = []
+        self._link: _bpf.Handle | None = None
         try:
             self._open(serving)
         except OSError as error:
             self.close()
             raise Unsupported(error.strerror) from error
 
-    def _open(self, serving: Shared | None) -> None:
+    @property
+    def kept(self) -> list[int]:
+        """The file descriptors that a process must have for packets to be led as they are now."""
+        link = [self._link.fd] if self._link is not None else []
+        return link + [sink.fileno() for sink in self._sinks]
+
+    def _open(self, serving: Sequence[Shared]) -> None:
         size = sizes(self._family)
         self._entries = self._map(_bpf.HASH, size.entry, size.value)
         self._networks = self._map(LPM_TRIE, size.network, 4)
         self._sinks += [silent(self._family, "TCP"), silent(self._family, "UDP")]
-        led_to = [*self._sinks, *(serving or ())]
-        namespace = os.open("/proc/self/ns/net", os.O_RDONLY)
-        try:
-            with (
-                _bpf.create_map(_bpf.SOCKMAP, 4, 4, SERVING_UDP + 1, name="pyproxy") as sockets,
-                self._program(sockets) as program,
-            ):
-                for index, sock in enumerate(led_to):
-                    sockets[NUMBER.pack(index)] = NUMBER.pack(sock.fileno())
-                link = _bpf.create_link(program, namespace, _bpf.ATTACH_SK_LOOKUP)
-                self._handles.append(link)
-        finally:
-            os.close(namespace)
+        led_to = [*self._sinks, *(sock for pair in serving for sock in pair)]
+        count = max(len(led_to), SERVING_TCP)
+        with _bpf.create_map(_bpf.SOCKMAP, 4, 4, count, name="pyproxy") as sockets:
+            self._loaded = self._program(sockets, max(len(serving), 1))
+            self._handles.append(self._loaded)
+            for index, sock in enumerate(led_to):
+                sockets[NUMBER.pack(index)] = NUMBER.pack(sock.fileno())
 
-    def _program(self, sockets: _bpf.Map) -> _bpf.Handle:
+    def _program(self, sockets: _bpf.Map, workers: int) -> _bpf.Handle:
         maps = Maps(self._entries.fd, self._networks.fd, sockets.fd)
-        made = code(self._family, maps)
+        made = code(self._family, maps, workers)
         attach = _bpf.ATTACH_SK_LOOKUP
         return _bpf.load_program(_bpf.SK_LOOKUP, made, attach=attach, name="pyproxy")
 
@@ -117,6 +122,13 @@ class Lookup:
         """Have all in effect; an entry is replaced between two packets. Raises ``OSError``."""
         self._entries.update(list(self._pending.items()))
         self._pending.clear()
+        if self._link is None:
+            namespace = os.open("/proc/self/ns/net", os.O_RDONLY)
+            try:
+                self._link = _bpf.create_link(self._loaded, namespace, _bpf.ATTACH_SK_LOOKUP)
+            finally:
+                os.close(namespace)
+            self._handles.append(self._link)
         for number, networks in self._unused:
             self._networks.discard(network_key(network, number) for network in networks)
             self._free.append(number)

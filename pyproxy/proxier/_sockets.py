@@ -5,12 +5,13 @@ import errno
 import logging
 import socket
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from socket import SocketType
 from typing import NamedTuple
 
-from pyproxy.model import Family, Proto
+from pyproxy.model import Address, Family, Proto
 from pyproxy.rules.guard import DROP_ALL, Program
 
 OPTIONS = {
@@ -113,11 +114,12 @@ def unbound(ip: str, proto: Proto, *, transparent: bool = False) -> socket.socke
     return sock
 
 
-def shared(family: Family, proto: Proto) -> socket.socket:
+def shared(family: Family, proto: Proto, port: int = 0) -> socket.socket:
     """Return a non-blocking socket for packets to any address and port. Raises ``OSError``.
 
     Those who lead packets to it choose them; it is bound where nobody will look for it. As it is
-    transparent, so is what it accepts: its own address may be one that is not this node's.
+    transparent, so is what it accepts: its own address may be one that is not this node's. Several
+    may share a port of ours.
     """
     kind = socket.SOCK_STREAM if proto == "TCP" else socket.SOCK_DGRAM
     sock = socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, kind)
@@ -125,6 +127,7 @@ def shared(family: Family, proto: Proto) -> socket.socket:
     try:
         sock.setblocking(False)
         sock.setsockopt(level, OPTIONS["transparent", level], 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if proto == "UDP":
             enlarge_queue(sock)
             asked = IP_RECVORIGDSTADDR if family == 4 else IPV6_RECVORIGDSTADDR
@@ -135,7 +138,7 @@ def shared(family: Family, proto: Proto) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
-        sock.bind((LOOPBACK[family], 0))
+        sock.bind((LOOPBACK[family], port))
         if proto == "TCP":
             sock.listen(BACKLOG)
     except OSError:
@@ -145,7 +148,7 @@ def shared(family: Family, proto: Proto) -> socket.socket:
 
 
 class Shared(NamedTuple):
-    """The sockets of all frontends: one for connections and one for datagrams."""
+    """The sockets of all frontends for one worker: one for connections, one for datagrams."""
 
     tcp: socket.socket
     udp: socket.socket
@@ -154,15 +157,44 @@ class Shared(NamedTuple):
         self.tcp.close()
         self.udp.close()
 
+    @property
+    def ports(self) -> tuple[int, int]:
+        return self.tcp.getsockname()[1], self.udp.getsockname()[1]
 
-def shared_by_all(family: Family) -> Shared:
-    """Return new sockets. Raises ``OSError``."""
-    tcp = shared(family, "TCP")
+
+def shared_by_all(family: Family, ports: tuple[int, int] = (0, 0)) -> Shared:
+    """Return new sockets, at these ports if they are not zero. Raises ``OSError``."""
+    tcp = shared(family, "TCP", ports[0])
     try:
-        return Shared(tcp, shared(family, "UDP"))
+        return Shared(tcp, shared(family, "UDP", ports[1]))
     except OSError:
         tcp.close()
         raise
+
+
+def doors(
+    family: Family, count: int, inherited: Sequence[Shared] = (), *, together: bool = False
+) -> list[Shared]:
+    """Return at least ``count`` pairs, those of a predecessor among them. Raises ``OSError``.
+
+    Where they stand ``together``, the first ``count`` share their ports, and the kernel spreads
+    clients over them. Those that are too many are there for who waits in them.
+    """
+    fitting, others = list(inherited), list[Shared]()
+    if together:
+        ports = inherited[0].ports if inherited else (0, 0)
+        fitting = [pair for pair in inherited if pair.ports == ports]
+        others = [pair for pair in inherited if pair.ports != ports]
+    made: list[Shared] = []
+    try:
+        while len(fitting) + len(made) < count:
+            first = next(iter(fitting + made), None) if together else None
+            made.append(shared_by_all(family, first.ports if first is not None else (0, 0)))
+    except OSError:
+        for pair in (*inherited, *made):
+            pair.close()
+        raise
+    return fitting + made + others
 
 
 def silent(family: Family, proto: Proto) -> socket.socket:
@@ -187,6 +219,12 @@ def destination(packed: bytes) -> tuple[str, int]:
     """Return the address and port that ``original_destination`` has found."""
     family = socket.AF_INET if len(packed) == 6 else socket.AF_INET6
     return socket.inet_ntop(family, packed[2:]), int.from_bytes(packed[:2], "big")
+
+
+def original(local: Address) -> bytes:
+    """Return what ``original_destination`` finds for datagrams to this address."""
+    family = socket.AF_INET6 if ":" in local.ip else socket.AF_INET
+    return local.port.to_bytes(2, "big") + socket.inet_pton(family, local.ip)
 
 
 def answering(ip: str, port: int) -> socket.socket:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Address
-from pyproxy.proxier._handover import Given
+from pyproxy.proxier._given import Given
 from pyproxy.proxier._meter import Carried, Meter
 from pyproxy.proxier._poller import Poller
 from pyproxy.proxier._relay import Connection

@@ -13,9 +13,9 @@ from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._lookup import Unsupported
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nftarget import delete_tables
-from pyproxy.proxier._sockets import Shared, shared_by_all, silent
+from pyproxy.proxier._sockets import Shared, doors, silent
 from pyproxy.rules import tproxy
-from pyproxy.rules.listeners import Surroundings
+from pyproxy.rules.listeners import Surroundings, has_affinity
 from pyproxy.rules.nft import Element, packed_ip
 from pyproxy.rules.tproxy import LEAVE, NODE_PORT_IPS, SILENT, TAKE, Doors
 
@@ -28,9 +28,16 @@ Place = tuple[str, bytes]  # a set's name, and a key in it
 class ByRules:
     """Frontends that serve everybody have a rule to the shared sockets; others have their own."""
 
-    def __init__(self, family: Family, sockets: Shared | None = None, table: str = TABLE) -> None:
+    def __init__(
+        self,
+        family: Family,
+        inherited: Sequence[Shared] = (),
+        workers: int = 1,
+        table: str = TABLE,
+    ) -> None:
         """The table is made anew by the first ``commit``, whole. Raises ``Unsupported``."""
         self._family = family
+        self._workers = workers
         self._table = tproxy.table(family, table)
         self._there: dict[Place, Element] = {}
         self._wanted: dict[Place, Element] = {}
@@ -38,18 +45,23 @@ class ByRules:
         self._everywhere = False  # node ports are served at all addresses of the node
         self._is_there: bool | None = None  # the same of the table; None: it is not there yet
         self._sinks: dict[Proto, socket.socket] = {}
-        self.sockets: Shared | None = None
+        self.doors: Sequence[Shared] = ()
         self._nf = NfTables()
         try:
-            self.sockets = sockets or shared_by_all(family)
+            self.doors = doors(family, workers, inherited, together=True)
             for proto in ("TCP", "UDP"):
                 self._sinks[proto] = silent(family, proto)
         except OSError as error:
             self.close()
             raise Unsupported(error.strerror) from error
 
+    @property
+    def kept(self) -> list[int]:
+        return [sink.fileno() for sink in self._sinks.values()]
+
     def takes(self, route: Route) -> bool:
-        return tproxy.takes(route)
+        """Say so where everybody is served by any worker: the kernel's choice is none of ours."""
+        return tproxy.takes(route) and (self._workers == 1 or not has_affinity(route))
 
     def put(self, frontend: Frontend, route: Route, *, foreign: bool) -> None:
         verdict = TAKE if self.takes(route) else LEAVE
@@ -80,8 +92,8 @@ class ByRules:
 
     def commit(self) -> None:
         messages = [] if self._is_there is None else self._entrance()
-        if self._is_there is None and self.sockets is not None:
-            messages = self._base({"TCP": self.sockets.tcp, "UDP": self.sockets.udp})
+        if self._is_there is None:
+            messages = self._base({"TCP": self.doors[0].tcp, "UDP": self.doors[0].udp})
         try:
             self._nf.commit(messages + self._difference())
         except NfError as error:
@@ -106,8 +118,8 @@ class ByRules:
         self._nf.close()
         for sink in self._sinks.values():
             sink.close()
-        if self.sockets is not None:
-            self.sockets.close()
+        for pair in self.doors:
+            pair.close()
 
     def _base(self, serving: Mapping[Proto, socket.socket]) -> list[bytes]:
         """Return the messages that make the table, whether there is one or not."""

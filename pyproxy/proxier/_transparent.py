@@ -65,6 +65,10 @@ class Transparent:
         self._interfaces: dict[str, tuple[int, float]] = {}
         self._distrusted: dict[Address, float] = {}
 
+    @property
+    def is_on(self) -> bool:
+        return self._netlink is not None
+
     def switch_on(self, netlink: Netlink) -> None:
         """Have answers to clients delivered here; where that cannot be, say so and stay off."""
         try:
@@ -74,6 +78,10 @@ class Transparent:
             log.info("backends will see this node instead of their clients", extra=fields)
         else:
             self._netlink = netlink
+
+    def join(self, netlink: Netlink) -> None:
+        """Rely on what another process has installed."""
+        self._netlink = netlink
 
     def close(self) -> None:
         """Dress nobody any more. What was installed stays, for who comes next."""

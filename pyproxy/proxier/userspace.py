@@ -6,37 +6,40 @@ each frontend is a listening socket. The kernel keeps silent for it, by socket f
 
 import asyncio
 import logging
-import random
-from collections.abc import Iterable, Mapping
-from functools import partial
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from pyproxy.balancer import Picker
+from msgspec.structs import replace
+
 from pyproxy.config import Config, sync_periods, with_setting
 from pyproxy.counters import Entry
 from pyproxy.delta import Delta
 from pyproxy.ip import is_loopback
-from pyproxy.model import Family, Forward, Frontend, Pool, ServicePortName
+from pyproxy.model import Family, Frontend, ServicePortName
 from pyproxy.proxier import Env
 from pyproxy.proxier import _transparent as transparent
 from pyproxy.proxier._around import node_port_ips, surroundings
 from pyproxy.proxier._bypass import Bypass
-from pyproxy.proxier._capture import WAYS, Capture, best, risk, why_not
+from pyproxy.proxier._capture import WAYS, best, risk, why_not
+from pyproxy.proxier._crew import Crew
+from pyproxy.proxier._dataplane import DataPlane, Manner
+from pyproxy.proxier._flow import IdleTimeouts
 from pyproxy.proxier._fronts import Fronts
-from pyproxy.proxier._handover import Given, Succession, meeting_place
+from pyproxy.proxier._given import Given
+from pyproxy.proxier._leftover import ANOTHER_SERVES, END, tell_leftovers
 from pyproxy.proxier._lookup import Unsupported
 from pyproxy.proxier._socketlb import Balanced
 from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._sockets import Shared
-from pyproxy.proxier._tcp import TcpRelay
+from pyproxy.proxier._succession import Succession, meeting_place
 from pyproxy.proxier._tproxy import remove_rules
-from pyproxy.proxier._transparent import Transparent
-from pyproxy.proxier._udp import IdleTimeouts, UdpRelay
 from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
+from pyproxy.proxier._way import Capture
 from pyproxy.reconcile import ApplyError, Difference, Proxier, Reconciler
 from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address, passes_by
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
-REPLIES_SECONDS = 0.5  # for datagrams on their way back, when a successor has taken over
+FIRST_PID_NAMESPACE = 0xEFFFFFFC  # the inode of the machine's: PROC_PID_INIT_INO in the kernel
 LEAVING_SECONDS = 2.0  # until a route that open connections kept is looked at again
 
 log = logging.getLogger(__name__)
@@ -47,7 +50,12 @@ def unsupported() -> str | None:
 
 
 def settled(config: Config) -> Config:
-    """Choose how to capture. Raises ``LookupError`` when it is set to what cannot be here."""
+    """Choose how many serve, and how to capture.
+
+    Raises ``LookupError`` when it is set to what cannot be here.
+    """
+    if not config.userspace.workers:
+        config = with_setting(config, "userspace.workers", len(os.sched_getaffinity(0)))
     name = config.userspace.capture
     if name == "auto":
         return with_setting(config, "userspace.capture", best())
@@ -74,6 +82,7 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
     """Remove what outlives the process: routes, programs and rules. kube-proxy has none of it."""
     if not ours:
         return None
+    tell_leftovers(family, END)
     routes = Vips(family, None)
     try:
         remove_pins(family)
@@ -103,6 +112,12 @@ async def watch(frontends: "Frontends", env: Env) -> None:
             env.resync()
 
 
+def ends_all() -> bool:
+    """Say whether others end with this process: it is the first of a container, or the next."""
+    in_container = os.stat("/proc/self/ns/pid").st_ino != FIRST_PID_NAMESPACE
+    return os.getpid() == 1 or (os.getppid() == 1 and in_container)
+
+
 class Frontends:
     """The listening sockets of one family and the local routes that lead to them."""
 
@@ -115,24 +130,15 @@ class Frontends:
             conntrack.udp_timeout_seconds or defaults.single,
             conntrack.udp_stream_timeout_seconds or defaults.stream,
         )
-        observe = env.observe
-        keeps = env.config.userspace.keep_client_address
-        self._transparent = Transparent(env.family, self._surroundings) if keeps else None
-        self._tcp = TcpRelay(self._surroundings, partial(observe, "TCP"), self._transparent)
-        self._udp = UdpRelay(
-            self._tcp.poller,
-            self._surroundings,
-            timeouts,
-            partial(observe, "UDP"),
-            self._transparent,
-        )
-        self._opened: Fronts | None = None
+        own = env.config.userspace
+        self._manner = Manner(env.family, own.keep_client_address, timeouts)
+        self._plane = DataPlane(self._manner, self._surroundings, env.observe)
+        self._workers = max(own.workers, 1)
+        self._place = meeting_place(own.runtime_dir, env.family)
         self._succession = Succession(
-            meeting_place(env.config.userspace.runtime_dir, env.family),
-            lambda: self._fronts.entrances(),
-            self._retire,
+            self._place, lambda: self._fronts.entrances(), self._plane.retire, self._surrender
         )
-        self._pickers: dict[ServicePortName, Picker] = {}
+        self._crew = Crew(self._plane, self._surroundings, env.observe, env.worker_lost)
         self._local: set[Vip] = set()  # what has a route of ours
         self._leaving: asyncio.TimerHandle | None = None  # for routes that are still in use
         self._vips: Vips | None = None
@@ -148,16 +154,21 @@ class Frontends:
         """Return what listens; and see which local routes there are, from whomever."""
         if self._vips is None:
             await self._env.host.read()
-            shared, own = await self._succession.inherited()
-            capture = self._way(shared)
-            self._opened = Fronts(self._env.family, self._tcp, self._udp, capture, own)
+            inherited, own = await self._succession.inherited()
+            self._plane.open(self._way(inherited), own)
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
             self._bypass = Bypass(self._env.family, RTPROT_PYPROXY, self._vips.netlink)
-            if self._transparent is not None:
-                self._transparent.switch_on(self._vips.netlink)
+            dresser = self._plane.transparent
+            if dresser is not None:
+                dresser.switch_on(self._vips.netlink)
             else:
                 transparent.remove(self._env.family)  # of an earlier process
+            manner = replace(self._manner, keeps_client=dresser is not None and dresser.is_on)
+            # Only shared sockets can be anybody's; and one worker is this process.
+            workers = self._workers if self._workers > 1 and self._fronts.capture.doors else 0
+            env = self._env
+            self._crew.start(workers, env.tasks, self._place, manner, env.config.logging)
         try:
             self._local = self._vips.listed()
         except OSError as error:
@@ -177,17 +188,25 @@ class Frontends:
         for frontend, listener in changed.items():
             by_owner.setdefault(listener.owner, {})[frontend] = listener
         for count, (owner, listeners) in enumerate(by_owner.items(), 1):
-            refused |= self._serve(owner, listeners)
+            refused |= self._plane.serve(owner, listeners)
             if count % OPENED_AT_ONCE == 0:
                 await asyncio.sleep(0)
+        self._crew.changed({*by_owner, *(old.owner for old, _new in delta.changed.values())})
+        await self._crew.flush()
+        await self._crew.settle()  # whoever serves until now does so meanwhile
         wanted = self._wanted(self._fronts.held() - delta.removed.keys())
         self._lead_past(frontend for users in wanted.values() for frontend in users)
         self._commit()
         refused |= self._make_local(wanted)
-        self._unroute(self._local - wanted.keys())
+        if self._local - wanted.keys():
+            in_use = await self._crew.local_ips()
+            self._unroute(self._local - wanted.keys(), in_use)
         self._close(delta.removed)
         self._commit()
-        await self._succession.begin(self._tcp.take_over)
+        await self._crew.flush()
+        if not self._succession.began:
+            await self._succession.begin(self._crew)
+            await asyncio.to_thread(tell_leftovers, self._env.family, ANOTHER_SERVES)
         return refused
 
     def lost_routes(self) -> int:
@@ -217,8 +236,8 @@ class Frontends:
 
         Raises ``ApplyError``.
         """
-        entries = self._opened.entries() if self._opened is not None else ()
         try:
+            entries = await self._crew.entries()
             return tuple(entry for entry in entries if by_endpoint or entry.endpoint is None)
         except OSError as error:
             raise ApplyError(f"cannot read counters: {error.strerror}") from error
@@ -234,48 +253,48 @@ class Frontends:
         """Serve until a successor does, or for so long as is set; then let go of everything."""
         if self._leaving is not None:
             self._leaving.cancel()
-        await self._succession.wait(self._env.config.userspace.drain_timeout_seconds)
+        seconds = self._env.config.userspace.drain_timeout_seconds
+        if seconds and not self.is_over and self._may_leave():
+            self._leave(seconds)
+            return
+        await self._succession.wait(seconds)
         self._succession.close()
         if self.is_over:
-            if self._udp.open_count:
-                await asyncio.sleep(REPLIES_SECONDS)
             self._fronts.end()
-        elif self._opened is not None:
-            self._close(self._opened.listeners())
-            self._opened.aclose()
-        if self._tcp.open_count:
-            log.info("closing connections", extra={"open": self._tcp.open_count})
-        self._tcp.close_all()
-        self._udp.close_all()
-        for opened in (self._transparent, self._vips):
-            if opened is not None:
-                opened.close()
+        elif self._plane.is_open:
+            self._close(self._fronts.listeners())
+            self._fronts.aclose()
+        await self._crew.aclose(is_over=self.is_over)
+        if self._plane.tcp.open_count:
+            log.info("closing connections", extra={"open": self._plane.tcp.open_count})
+        self._plane.close_all()
+        if self._vips is not None:
+            self._vips.close()
 
-    async def _retire(self) -> list[Given]:
-        """Let nobody in any more; return the connections that there are, for a successor."""
+    def _may_leave(self) -> bool:
+        """Say whether workers can serve without this process, and will be let."""
+        plane = self._plane
+        idle = not (plane.tcp.open_count or plane.udp.open_count)
+        return self._crew.serves_all and idle and not ends_all()
+
+    def _leave(self, seconds: float) -> None:
+        """End at once, and let workers serve for so long, or until a successor does."""
+        log.info("workers serve on", extra={"family": self._env.family, "seconds": seconds})
+        self._succession.close()
         self._fronts.retire()
-        given = await self._tcp.surrender()
         self._fronts.leave()
+        self._fronts.end()
+        self._crew.leave(seconds)
+        self._plane.close_all()
+        if self._vips is not None:
+            self._vips.close()
+
+    async def _surrender(self) -> list[Given]:
+        """Let go of everything, for a successor; return the connections that there are."""
+        given = await self._plane.surrender()
         if self._leaving is not None:
             self._leaving.cancel()
         return given
-
-    def _serve(
-        self, owner: ServicePortName, listeners: dict[Frontend, Listener]
-    ) -> dict[Frontend, str]:
-        """Bring the frontends of one owner up to date; return those that cannot be opened.
-
-        Nothing waits in here: a connection sees the pools of before, or those of after.
-        """
-        picker = self._pickers.get(owner) or Picker(random.randrange)
-        self._pickers[owner] = picker
-        picker.use(pools(self._fronts.of(owner) | listeners))
-        refused = {}
-        for frontend, listener in listeners.items():
-            problem = self._fronts.put(frontend, listener, picker)
-            if problem is not None:
-                refused[frontend] = f"{owner}: {frontend}: {problem}"
-        return refused
 
     def _commit(self) -> None:
         try:
@@ -318,12 +337,9 @@ class Frontends:
         for problem in self._bypass.put(passed, self._around.pods).values():
             log.warning("pods reach a load balancer through this node", extra={"why": problem})
 
-    def _unroute(self, unwanted: set[Vip]) -> None:
+    def _unroute(self, unwanted: set[Vip], in_use: Collection[str]) -> None:
         """Remove these routes; one that open connections come by stays until they are over."""
-        if not unwanted:
-            return
         assert self._vips is not None, "adopt comes before apply"
-        in_use = self._tcp.local_ips()
         gone = {vip for vip in unwanted if vip.ip not in in_use}
         self._local -= gone
         self._vips.remove(gone, self._local)
@@ -336,18 +352,20 @@ class Frontends:
 
     def _look_at_leaving(self) -> None:
         self._leaving = None
-        self._unroute(self._local - self._wanted(self._fronts.held()).keys())
+        self._env.tasks.create_task(self._unroute_leaving(), name="routes no more in use")
+
+    async def _unroute_leaving(self) -> None:
+        in_use = await self._crew.local_ips()
+        self._unroute(self._local - self._wanted(self._fronts.held()).keys(), in_use)
 
     def _close(self, frontends: Iterable[Frontend]) -> None:
-        for frontend in frontends:
-            owner = self._fronts.close(frontend)
-            if owner is not None and not self._fronts.of(owner):
-                self._pickers.pop(owner, None)
+        closed = list(frontends)
+        self._crew.changed(self._plane.close(closed))
+        self._crew.forget(closed)
 
     @property
     def _fronts(self) -> Fronts:
-        assert self._opened is not None, "adopt comes first"
-        return self._opened
+        return self._plane.fronts
 
     def _surroundings(self) -> Surroundings:
         return self._around
@@ -359,8 +377,9 @@ class Frontends:
         serving = node_port_ips(env, loopback=True)
         if serving is None and not env.config.iptables.localhost_node_ports:
             serving = tuple(sorted(ip for ip in self._around.node_ips if not is_loopback(ip)))
-        if self._opened is not None and not self.is_over:
-            self._opened.surround(self._around, serving)
+        if self._plane.is_open and not self.is_over:
+            self._fronts.surround(self._around, serving)
+            self._crew.look()
 
     def _source(self) -> str | None:
         """Return the address that the node's own connections to Services shall come from."""
@@ -369,24 +388,15 @@ class Frontends:
         others = sorted(ip for ip in own if not is_loopback(ip) and not ip.startswith("fe80:"))
         return next(iter(preferred + others), None)
 
-    def _way(self, inherited: Shared | None) -> Capture:
+    def _way(self, inherited: Sequence[Shared]) -> Capture:
         """Return the way to capture that the settings name, or the best there is.
 
         Raises ``ApplyError`` when it cannot be had.
         """
         name = self._env.config.userspace.capture
         try:
-            return WAYS[best() if name == "auto" else name](self._env.family, inherited)
+            return WAYS[best() if name == "auto" else name](
+                self._env.family, inherited, self._workers
+            )
         except Unsupported as why:
             raise ApplyError(f"userspace.capture: {name}: {why}") from why
-
-
-def pools(listeners: Mapping[Frontend, Listener]) -> list[Pool]:
-    """Return the pools of these listeners, each once."""
-    found: dict[int, Pool] = {}
-    for listener in listeners.values():
-        route = listener.route
-        for action in (route.from_pod, route.from_node, route.from_outside):
-            if isinstance(action, Forward):
-                found[id(action.pool)] = action.pool
-    return list(found.values())

@@ -24,7 +24,7 @@ from pyproxy.model import (
     Reject,
     Route,
 )
-from pyproxy.rules.listeners import Origin, Surroundings
+from pyproxy.rules.listeners import Origin, Surroundings, has_affinity
 from pyproxy.rules.nft import packed_ip
 
 Verdict = Literal["refuse", "serve", "silent", "pass"]
@@ -44,7 +44,7 @@ STANDINGS: Mapping[Standing, int] = {
 PROTOCOLS: Mapping[Proto, int] = {"TCP": 6, "UDP": 17}
 NUMBER = struct.Struct("=I")
 PORT_AND_PROTOCOL = struct.Struct("=II")
-ENTRY = struct.Struct("=BBBxI")  # what follows in a value are counts
+ENTRY = struct.Struct("=BBB?I")  # what follows in a value are counts
 COUNTS = struct.Struct("=QQQ")
 # What the program counts of a frontend: the place of each count in its value.
 COUNTED: Mapping[str, int] = {
@@ -60,6 +60,7 @@ class Entry(Struct, frozen=True):
     node: Verdict
     outside: Verdict
     sources: tuple[Network, ...] | None = None  # None: all are allowed
+    by_client: bool = False  # all of a client go to one worker, whichever port they come from
 
 
 PASS = Entry("pass", "pass", "pass")
@@ -72,6 +73,7 @@ def entry(route: Route) -> Entry:
         verdict(route.from_node),
         verdict(route.from_outside),
         route.allowed_sources,
+        has_affinity(route),
     )
 
 
@@ -83,7 +85,7 @@ def audible(entry: Entry) -> Entry:
     pod, node, outside = (
         "serve" if v == "refuse" else v for v in (entry.pod, entry.node, entry.outside)
     )
-    return Entry(pod, node, outside, entry.sources)
+    return Entry(pod, node, outside, entry.sources, entry.by_client)
 
 
 def verdict(action: Action) -> Verdict:
@@ -159,11 +161,11 @@ def network_key(network: Network, number: int = NO_SOURCES) -> bytes:
 def packed_entry(value: Entry, number: int) -> bytes:
     """Return an entry's bytes; ``number`` is that of its sources, 0 where all are allowed."""
     verdicts = (VERDICTS[v] for v in (value.pod, value.node, value.outside))
-    return ENTRY.pack(*verdicts, number) + bytes(COUNTS.size)
+    return ENTRY.pack(*verdicts, value.by_client, number) + bytes(COUNTS.size)
 
 
 def packed_standing(standing: Standing) -> bytes:
-    return ENTRY.pack(STANDINGS[standing], 0, 0, NO_SOURCES) + bytes(COUNTS.size)
+    return ENTRY.pack(STANDINGS[standing], 0, 0, False, NO_SOURCES) + bytes(COUNTS.size)
 
 
 def counts(value: bytes) -> Counts:

@@ -11,16 +11,22 @@ from pyproxy.rules.capture import COUNTED, ORIGINS, PROTOCOLS, STANDINGS, VERDIC
 from pyproxy.rules.ebpf import FP, R0, R1, R2, R3, R6, R7, R8, R9, Assembler
 
 MAP_LOOKUP, SK_RELEASE, SK_ASSIGN = 1, 86, 124  # helper functions
-REPLACE = 1  # of SK_ASSIGN: what an earlier program chose, such as that of our predecessor
+# Of SK_ASSIGN: replace what an earlier program chose, such as that of our predecessor; and take
+# this very socket, also where others share its address.
+REPLACE, NO_REUSEPORT = 1, 2
 SK_DROP, SK_PASS = 0, 1
 ADDRESS_FAMILY = {4: 2, 6: 10}
 
 # struct bpf_sk_lookup: the offsets of its fields
-FAMILY, PROTOCOL, REMOTE_IP4, REMOTE_IP6 = 8, 12, 16, 20
+FAMILY, PROTOCOL, REMOTE_IP4, REMOTE_IP6, REMOTE_PORT = 8, 12, 16, 20, 36
 LOCAL_IP4, LOCAL_IP6, LOCAL_PORT = 40, 44, 60
 
-# In the map of sockets; one of UDP comes after that of TCP.
+# In the map of sockets; one of UDP comes after that of TCP. More workers come after the first.
 SILENT_TCP, SILENT_UDP, SERVING_TCP, SERVING_UDP = range(4)
+PAIR = 2
+
+# Spreads addresses and ports that are near one another: 2^32 / golden ratio, halved to be positive.
+SPREAD = 0x4F1BBCDD
 
 # On the stack
 KEY, NETWORK, INDEX = -24, -48, -56
@@ -34,15 +40,15 @@ class Maps(NamedTuple):
     sockets: int
 
 
-def code(family: Family, maps: Maps) -> bytes:
-    """Return the program of one family."""
+def code(family: Family, maps: Maps, workers: int = 1) -> bytes:
+    """Return the program of one family, for so many pairs of serving sockets."""
     asm = Assembler()
     asm.set(R6, R1)
     asm.load(R2, R6, FAMILY, 4)
     asm.jump_if(R2, "!=", ADDRESS_FAMILY[family], "pass")
     find_entry(asm, family, maps)
     decide(asm, family, maps)
-    give(asm, maps)
+    give(asm, family, maps, workers)
     asm.label("pass")
     asm.exit(SK_PASS)
     return asm.code()
@@ -113,13 +119,15 @@ def count(asm: Assembler, what: str) -> None:
     asm.add(R7, COUNTED[what], R1)
 
 
-def give(asm: Assembler, maps: Maps) -> None:
+def give(asm: Assembler, family: Family, maps: Maps, workers: int) -> None:
     """Assign the socket that serves, or the one that is silent."""
     asm.label("silent")
     asm.set(R9, SILENT_TCP)
     asm.jump("protocol")
     asm.label("serve")
     asm.set(R9, SERVING_TCP)
+    if workers > 1:
+        choose_worker(asm, family, workers)
     asm.label("protocol")
     asm.load(R3, R6, PROTOCOL, 4)
     asm.jump_if(R3, "==", PROTOCOLS["TCP"], "chosen")
@@ -131,10 +139,35 @@ def give(asm: Assembler, maps: Maps) -> None:
     asm.set(R7, R0)
     asm.set(R1, R6)
     asm.set(R2, R7)
-    asm.set(R3, REPLACE)
+    asm.set(R3, REPLACE | NO_REUSEPORT)
     asm.call(SK_ASSIGN)
     asm.set(R1, R7)
     asm.call(SK_RELEASE)
+
+
+def choose_worker(asm: Assembler, family: Family, workers: int) -> None:
+    """Add to R9 where the worker's sockets are: by the client's address, mostly with its port.
+
+    Datagrams of one client must all find the same worker, and so must all that a client with
+    session affinity sends. R7 is the frontend's entry.
+    """
+    remote = REMOTE_IP4 if family == 4 else REMOTE_IP6
+    asm.load(R8, R6, remote, 4)
+    for word in range(1, word_count(family)):
+        asm.load(R3, R6, remote + 4 * word, 4)
+        asm.compute(R8, "*", SPREAD)
+        asm.compute(R8, "^", R3)
+    asm.load(R3, R7, 3, 1)
+    asm.jump_if(R3, "!=", 0, "client known")
+    asm.load(R3, R6, REMOTE_PORT, 4)
+    asm.compute(R8, "*", SPREAD)
+    asm.compute(R8, "^", R3)
+    asm.label("client known")
+    asm.compute(R8, "*", SPREAD)
+    asm.compute(R8, ">>", 33)
+    asm.compute(R8, "%", workers)
+    asm.compute(R8, "*", PAIR)
+    asm.compute(R9, "+", R8)
 
 
 def word_count(family: Family) -> int:

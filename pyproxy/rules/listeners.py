@@ -111,6 +111,12 @@ def passes_by(route: Route) -> bool:
     return isinstance(route.from_node, Pass)
 
 
+def has_affinity(route: Route) -> bool:
+    """Say whether a client of this frontend keeps its backend."""
+    actions = (route.from_pod, route.from_node, route.from_outside)
+    return any(isinstance(a, Forward) and a.pool.affinity_seconds is not None for a in actions)
+
+
 def owns_address(route: Route) -> bool:
     """Say whether a frontend's whole address is its Service's, and not another machine's."""
     return route.kind == "ClusterIP"

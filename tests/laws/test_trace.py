@@ -26,6 +26,8 @@ from pyproxy.model import (
 )
 from pyproxy.plan import Planner, Site
 from pyproxy.rules import iptables
+from pyproxy.rules.capture_code import SERVING_TCP, SERVING_UDP
+from pyproxy.rules.listeners import has_affinity
 from pyproxy.rules.nftables import Ruleset, compile_owner
 from tests.builders import HERE, owner
 from tests.laws.test_core import endpoints
@@ -265,6 +267,25 @@ def test_the_program_at_the_socket_lookup_does_what_the_plan_says(family, data):
         elif route_of(cluster.ports, packet, world) is None:
             planned = as_forwarder(planned, cluster.ports, packet, world)
         assert captured.fate(packet, world) == planned, packet
+
+
+@FAMILIES
+@settings(max_examples=10)  # each asks many times
+@given(st.data(), st.integers(2, 5))
+def test_a_packet_finds_one_worker_whatever_the_port_of_an_affine_client(family, data, workers):
+    cluster, world, pods = forwarder(data, family)
+    alone, captured = (Captured(cluster.ports, world, pods, n) for n in (1, workers))
+    for packet in packets(cluster):
+        served, found = alone.socket(packet), captured.socket(packet)
+        if served not in (SERVING_TCP, SERVING_UDP):
+            assert found == served, packet
+            continue
+        assert found in range(served, served + 2 * workers, 2), packet
+        others = {captured.socket(packet, remote_port=port) for port in range(40000, 40016)}
+        if has_affinity(route_of(cluster.ports, packet, world)):
+            assert others == {found}
+        else:
+            assert len(others) > 1
 
 
 @FAMILIES

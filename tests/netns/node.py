@@ -32,6 +32,7 @@ NODE_IP = {4: "192.0.2.11", 6: "fd00:c0de::11"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 VIP = {4: "10.96.0.{}", 6: "fd00:10:96::{}"}
 CAPTURE = "auto"
+WORKERS = 1
 SILENCE = 0.3  # seconds without an answer
 
 
@@ -97,6 +98,7 @@ class Node:
                 userspace=structs.replace(
                     config.userspace,
                     capture=CAPTURE,
+                    workers=WORKERS,
                     # Only tests of it say for which sockets: others are about the relay.
                     socket_lb=config.userspace.socket_lb if config.userspace.cgroup else "off",
                     drain_timeout_seconds=0.0,

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
 
 import pytest
@@ -12,12 +12,10 @@ from pyproxy.config import Config, with_setting
 from pyproxy.model import Address
 from pyproxy.proxier import _handover
 from pyproxy.proxier._capture import WAYS, why_not
-from pyproxy.proxier._handover import meeting_place
+from pyproxy.proxier._succession import meeting_place
 from tests.netns import node as node_module
-from tests.netns.node import Jobs, Node, udp_client
+from tests.netns.node import LOOPBACK, NODE_IP, Jobs, Node, udp_client
 from tests.netns.test_userspace import Backend
-
-both = pytest.mark.parametrize("family", [4, 6])
 
 
 @pytest.fixture(autouse=True, params=WAYS)
@@ -69,13 +67,14 @@ def recorded(node):
     return changes
 
 
-@both
-async def test_no_connection_is_lost(family, config):
+@pytest.mark.parametrize(("family", "workers", "count"), [(4, 1, 200), (6, 1, 200), (4, 2, 1000)])
+async def test_no_connection_is_lost(family, workers, count, config, monkeypatch):
+    monkeypatch.setattr(node_module, "WORKERS", workers)
     async with Backend(family, "a") as a, succession(family, config) as (node, succeed):
         changes = recorded(node)
         await node.service("web", 1)
         await node.endpoints("web", a.address)
-        opened = [await asyncio.open_connection(node.vip(1), 80) for _ in range(200)]
+        opened = [await asyncio.open_connection(node.vip(1), 80) for _ in range(count)]
         for number, (_reader, writer) in enumerate(opened):
             writer.write(b"%d " % number)
             if number % 2:
@@ -145,16 +144,61 @@ async def write_all(writer, data):
     writer.write_eof()
 
 
-@both
-async def test_a_client_with_datagrams_is_answered_before_and_after(family, config):
-    async with Backend(family, "a") as a, succession(family, config) as (node, succeed):
+@pytest.mark.parametrize(
+    ("family", "workers", "node_port"), [(4, 1, 0), (6, 1, 0), (4, 1, 30053), (6, 2, 0)]
+)
+async def test_a_flow_of_datagrams_goes_on(family, workers, node_port, config, monkeypatch):
+    """Its backend sees the same client before and after, also if it is busy."""
+    monkeypatch.setattr(node_module, "WORKERS", workers)
+    async with (
+        Whoami(family) as a,
+        Whoami(family) as b,
+        succession(family, config) as (node, succeed),
+    ):
         changes = recorded(node)
-        await node.service("dns", 1, port=53, proto="UDP")
-        await node.endpoints("dns", a.address, proto="UDP")
-        with udp_client(node.vip(1), 53) as client:
-            assert await node.ask_udp("", 0, sock=client) == b"a ?"
+        await node.service("dns", 1, port=53, proto="UDP", node_port=node_port)
+        await node.endpoints("dns", a.address, b.address, proto="UDP")
+        where = (NODE_IP[family], node_port) if node_port else (node.vip(1), 53)
+        clients = [udp_client(*where) for _ in range(8)]
+        for _ in range(20):
+            clients[0].send(b"?")
+        await asyncio.sleep(0.1)
+        drain(clients[0])
+        before = [await node.ask_udp("", 0, sock=client) for client in clients]
+        assert len(set(before)) == len(clients)
+        for _ in range(2):
             await succeed(*changes)
-            assert await node.ask_udp("", 0, sock=client) == b"a ?"
+            assert [await node.ask_udp("", 0, sock=client) for client in clients] == before
+        for client in clients:
+            client.close()
+
+
+class Whoami(asyncio.DatagramProtocol):
+    """A UDP server that answers with its own port and the port of who asks."""
+
+    def __init__(self, family):
+        self._ip = LOOPBACK[family]
+
+    async def __aenter__(self):
+        loop = asyncio.get_running_loop()
+        await loop.create_datagram_endpoint(lambda: self, local_addr=(self._ip, 0))
+        self.address = Address(self._ip, self._transport.get_extra_info("sockname")[1])
+        return self
+
+    async def __aexit__(self, *_):
+        self._transport.close()
+
+    def connection_made(self, transport):
+        self._transport = transport
+
+    def datagram_received(self, data, peer):
+        self._transport.sendto(b"%d %d" % (self.address.port, peer[1]), peer)
+
+
+def drain(client):
+    with suppress(BlockingIOError):
+        while client.recv(2048):
+            pass
 
 
 async def test_a_successor_that_goes_away_changes_nothing(config):
@@ -165,10 +209,14 @@ async def test_a_successor_that_goes_away_changes_nothing(config):
         place = meeting_place(config.userspace.runtime_dir, 4)
         for _ in range(3):
             visitor = await asyncio.to_thread(_handover.predecessor, place)
-            shared, own = await asyncio.to_thread(visitor.entrances)
-            found = [sock for sock in [*(shared or ()), *own.values()] if is_listening(sock)]
+            doors, own = await asyncio.to_thread(visitor.entrances)
+            found = [
+                sock
+                for sock in [*(sock for pair in doors for sock in pair), *own.values()]
+                if is_listening(sock)
+            ]
             assert len(found) == 1
-            for sock in [*(shared or ()), *own.values()]:
+            for sock in [*(sock for pair in doors for sock in pair), *own.values()]:
                 sock.close()
             visitor.close()
             assert await node.ask(node.vip(1)) == b"a ?"

@@ -10,7 +10,7 @@ import pytest
 
 from pyproxy.config import Config, Conntrack
 from pyproxy.model import Address
-from pyproxy.proxier import _udp
+from pyproxy.proxier import _flow
 from tests.netns.abuse import becomes, connection_counts, open_files, repeated
 from tests.netns.node import LOOPBACK, NODE_IP, proxied, udp_client
 
@@ -62,14 +62,14 @@ async def test_datagrams_of_every_size_pass_whole(family):
 
 
 async def test_a_thousand_udp_clients_have_flows_that_end_with_their_silence(monkeypatch):
-    monkeypatch.setattr(_udp, "SWEEP_SECONDS", 0.1)
+    monkeypatch.setattr(_flow, "SWEEP_SECONDS", 0.1)
     idle = Config(conntrack=Conntrack(udp_timeout_seconds=1.5, udp_stream_timeout_seconds=9.0))
     with Datagrams(4) as backend, ExitStack() as clients:
         async with proxied(4, idle) as node:
             await node.service("dns", 1, port=53, proto="UDP")
             await node.endpoints("dns", backend.address, proto="UDP")
             assert await node.ask_udp(node.vip(1), 53) == b"?"  # by now all is open that stays
-            relay = node.frontends._udp
+            relay = node.frontends._plane.udp
             assert await becomes(0, lambda: relay.open_count) == 0
             files = open_files()
 
@@ -92,9 +92,9 @@ async def test_flows_go_with_their_frontend():
             await node.service("dns", 1, port=53, proto="UDP")
             await node.endpoints("dns", backend.address, proto="UDP")
             assert await node.ask_udp(node.vip(1), 53) == b"?"
-            assert node.frontends._udp.open_count == 1
+            assert node.frontends._plane.udp.open_count == 1
             await node.endpoints("dns", proto="UDP")
-            assert node.frontends._udp.open_count == 0
+            assert node.frontends._plane.udp.open_count == 0
 
 
 async def test_a_datagram_after_a_refusal_finds_another_backend():
@@ -117,11 +117,11 @@ async def test_a_datagram_after_a_refusal_finds_another_backend():
 
 
 async def test_flows_leave_file_descriptors_for_connections(monkeypatch):
-    monkeypatch.setattr(_udp, "FLOW_SHARE", resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 64)
+    monkeypatch.setattr(_flow, "FLOW_SHARE", resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 64)
     with Datagrams(4) as backend:
         async with proxied(4) as node:
             await node.service("dns", 1, port=53, proto="UDP")
             await node.endpoints("dns", backend.address, proto="UDP")
             for _ in range(200):
                 assert await node.ask_udp(node.vip(1), 53) == b"?"
-            assert 32 < node.frontends._udp.open_count <= 80
+            assert 32 < node.frontends._plane.udp.open_count <= 80

@@ -221,7 +221,7 @@ async def test_a_reset_after_an_end_is_noticed(monkeypatch):
         _reader, writer = await connected(node)
         writer.write_eof()
         await heard.wait()
-        relay = node.frontends._tcp
+        relay = node.frontends._plane.tcp
         assert relay.open_count == 1
         reset(writer)
         assert await becomes(0, lambda: relay.open_count) == 0

@@ -35,7 +35,8 @@ from pyproxy.rules.capture_code import (
     PROTOCOL,
     REMOTE_IP4,
     REMOTE_IP6,
-    SERVING_UDP,
+    REMOTE_PORT,
+    SERVING_TCP,
     SILENT_TCP,
     SILENT_UDP,
     SK_ASSIGN,
@@ -112,7 +113,7 @@ class Captured(Listeners):
     It is the program's verdict that counts; whose backends a client gets is the listener's word.
     """
 
-    def __init__(self, ports, world, pods):
+    def __init__(self, ports, world, pods, workers=1):
         super().__init__(ports, world, pods)
         family, size = world.family, sizes(world.family)
         self.maps = Maps(
@@ -120,7 +121,7 @@ class Captured(Listeners):
             networks=Trie(size.network),
             sockets=Hash(4),
         )
-        self.code = code(family, Maps(*range(len(self.maps))))
+        self.code = code(family, Maps(*range(len(self.maps))), workers)
         for number, (frontend, listener) in enumerate(self.listeners.items(), 1):
             made = entry(listener.route)
             limited = made.sources is not None
@@ -137,7 +138,7 @@ class Captured(Listeners):
         own = world.node_ips | {str(LOOPBACK[family][1 if family == 4 else 0])}
         for ip in world.node_port_ips if world.node_port_ips is not None else own:
             self.maps.entries[address_key(ip, family)] = bytearray(packed_standing("node ports"))
-        for index in range(SERVING_UDP + 1):
+        for index in range(SERVING_TCP + 2 * workers):
             self.maps.sockets[NUMBER.pack(index)] = index
 
     def fate(self, packet, world):
@@ -169,7 +170,7 @@ class Captured(Listeners):
             return replace(ZERO, dropped=1)
         return replace(ZERO, denied=1)
 
-    def socket(self, packet):
+    def socket(self, packet, remote_port=40000):
         """Return the number of the socket that gets the packet."""
         assigned = []
         helpers = {
@@ -177,14 +178,14 @@ class Captured(Listeners):
             SK_ASSIGN: lambda _context, found, *_: assigned.append(found.memory) or 0,
             SK_RELEASE: lambda *_: 0,
         }
-        verdict = run(self.code, bytearray(context(packet)), self.maps, helpers)
+        verdict = run(self.code, bytearray(context(packet, remote_port)), self.maps, helpers)
         if assigned:
             assert assigned[0] % 2 == (packet.proto == "UDP"), "a socket of another protocol"
             return assigned[0]
         return "refused" if verdict == SK_DROP else None
 
 
-def context(packet):
+def context(packet, remote_port):
     """Return the ``struct bpf_sk_lookup`` of a packet."""
     sender, local = ip_address(packet.sender.ip).packed, ip_address(packet.destination).packed
     v4 = len(sender) == 4
@@ -193,6 +194,7 @@ def context(packet):
         PROTOCOL: NUMBER.pack(PROTOCOLS[packet.proto]),
         REMOTE_IP4 if v4 else REMOTE_IP6: sender,
         LOCAL_IP4 if v4 else LOCAL_IP6: local,
+        REMOTE_PORT: remote_port.to_bytes(2, "big"),
         LOCAL_PORT: NUMBER.pack(packet.port),
     }
     made = bytearray(68)

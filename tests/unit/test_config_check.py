@@ -133,6 +133,7 @@ CASES = [
         "programmedAnnotationPeriod: 1s is less than 5s",
     ),
     ({"userspace__drain_timeout_seconds": -1.0}, "userspace.drainTimeout: -1s is negative"),
+    ({"userspace__workers": 65}, "userspace.workers: 65 is not between 0 and 64"),
     (
         {"userspace__runtime_dir": "run"},
         'userspace.runtimeDir: "run" is not an absolute path',

@@ -138,13 +138,14 @@ def test_a_file_that_says_nothing_is_the_defaults():
         ("userspace: {capture: ''}", Config()),
         (
             "userspace: {capture: tproxy, socketLB: 'off', drainTimeout: 1m,"
-            " keepClientAddress: false, runtimeDir: /x}",
+            " keepClientAddress: false, workers: 3, runtimeDir: /x}",
             Config(
                 userspace=Userspace(
                     capture="tproxy",
                     socket_lb="off",
                     keep_client_address=False,
                     drain_timeout_seconds=60.0,
+                    workers=3,
                     runtime_dir="/x",
                 )
             ),

@@ -1,0 +1,36 @@
+"""A worker process of mode userspace begins here; the process that plans starts it."""
+
+import asyncio
+import gc
+import socket
+import sys
+
+from pyproxy import __version__
+from pyproxy.log import setup
+from pyproxy.proxier._channel import Begin, receive_first
+from pyproxy.proxier._worker import Worker
+
+
+def main() -> int:
+    """Serve as told over the socket whose descriptor is the last argument."""
+    sock = socket.socket(fileno=int(sys.argv[-1]))
+    begin, fds = receive_first(sock)
+    if not isinstance(begin, Begin) or begin.version != __version__:
+        return 1  # what is installed has changed since: the next start of all is the remedy
+    setup(begin.logging)
+    gc.set_threshold(*begin.collector)
+
+    async def work() -> None:
+        await Worker(begin, fds, sock).run()
+
+    if begin.on_uvloop:
+        import uvloop
+
+        uvloop.run(work())
+    else:
+        asyncio.run(work())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
