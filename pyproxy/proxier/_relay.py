@@ -183,38 +183,39 @@ class Side:
         other = self.other
         turns = TURNS
         while turns:
+            count = -1
             try:
                 count = self.sock.recv_into(BUFFER, SMALL, MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            except OSError:
-                self.connection.abort()
-                return
-            if not count:
-                self._end()
-                return
-            self.carried += count
-            try:
-                taken = other.sock.send(
-                    SHORT[count] if count < len(SHORT) else BUFFER[:count], MSG_DONTWAIT
-                )
-            except BlockingIOError:
-                taken = 0
-            except OSError:
-                self._refused()
+                if not count:
+                    self._end()
+                    return
+                self.carried += count
+                data = SHORT[count] if count < len(SHORT) else BUFFER[:count]
+                taken = other.sock.send(data, MSG_DONTWAIT)
+            except OSError as error:
+                self._stopped(error, count)
                 return
             if taken != count:
                 self._keep(BUFFER[taken:count])
                 return
             if other.patience:
                 other.lose_patience()
-            if count != SMALL:
-                if not self.has_last:
-                    return
-            elif self._goes_through_pipe():
+            if count < SMALL and not self.has_last:
+                return
+            if count == SMALL and self._goes_through_pipe():
                 return
             turns -= 1
         self._soon()
+
+    def _stopped(self, error: OSError, count: int) -> None:
+        """See why nothing can be read, or else why so many bytes that were read are not taken."""
+        if isinstance(error, BlockingIOError):
+            if count > 0:
+                self._keep(BUFFER[:count])
+        elif count > 0:
+            self._refused()
+        else:
+            self.connection.abort()
 
     def _flush(self, left: bytes) -> bool:
         """Give the other side what is left; say if it took all."""
