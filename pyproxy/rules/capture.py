@@ -158,8 +158,8 @@ def network_key(network: Network, number: int = NO_SOURCES) -> bytes:
 
 def packed_entry(value: Entry, number: int) -> bytes:
     """Return an entry's bytes; ``number`` is that of its sources, 0 where all are allowed."""
-    entry = ENTRY.pack(VERDICTS[value.pod], VERDICTS[value.node], VERDICTS[value.outside], number)
-    return entry + bytes(COUNTS.size)
+    packed = ENTRY.pack(VERDICTS[value.pod], VERDICTS[value.node], VERDICTS[value.outside], number)
+    return packed + bytes(COUNTS.size)
 
 
 def packed_standing(standing: Standing) -> bytes:
