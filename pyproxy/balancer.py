@@ -121,7 +121,8 @@ class Turn:
         self.scheduler: Scheduler | None = pool.scheduler
         self.cycle = turn_of(pool)
         self.members = frozenset(self.cycle)
-        self.at = choose(len(self.cycle))  # nodes must not all begin with the same backend
+        count = len(self.cycle)  # nodes must not all begin with the same backend
+        self.at = choose(count) if count > 1 else 0
 
     def of(self, pool: Pool) -> "Turn":
         """Return this turn as that of an equal pool."""
@@ -147,11 +148,11 @@ def turn_of(pool: Pool, *, longest: int = LONGEST_TURN) -> tuple[Address, ...]:
 
     ``rr`` gives every backend the same share, whatever its weight.
     """
-    addresses = tuple(b.address for b in pool.backends)
-    if pool.scheduler == "rr":
+    addresses = tuple([b.address for b in pool.backends])
+    weights = [b.weight for b in pool.backends]
+    if pool.scheduler == "rr" or weights.count(weights[0]) == len(weights):
         return addresses
-    weights = scaled([b.weight for b in pool.backends], longest)
-    return tuple(addresses[index] for index in smooth(weights))
+    return tuple([addresses[index] for index in smooth(scaled(weights, longest))])
 
 
 def scaled(weights: list[int], longest: int) -> list[int]:
@@ -171,8 +172,6 @@ def smooth(weights: list[int]) -> list[int]:
     Each step raises every index by its weight, takes the highest and lowers it by the sum: heavy
     ones come often, and never in a row longer than they must.
     """
-    if max(weights) == 1:
-        return list(range(len(weights)))
     total = sum(weights)
     credit = [0] * len(weights)
     turn = []

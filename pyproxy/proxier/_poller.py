@@ -31,6 +31,7 @@ class Poller:
 
     def __init__(self) -> None:
         self.rounds = 0  # how often it has asked the kernel
+        self._users = 1
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
         self._watchers: dict[int, Watcher] = {}
@@ -38,6 +39,17 @@ class Poller:
         self._closing: list[SocketType] = []
         self._is_telling = False
         self._loop.add_reader(self._epoll.fileno(), self._look)
+
+    @classmethod
+    def of_loop(cls) -> "Poller":
+        """Return the one of this event loop, to one more user; it is closed with the last."""
+        loop = asyncio.get_running_loop()
+        poller = _of_loops.get(loop)
+        if poller is None:
+            poller = _of_loops[loop] = cls()
+        else:
+            poller._users += 1
+        return poller
 
     def add(self, fd: int, events: int, watcher: Watcher) -> None:
         """Tell ``watcher`` from now on, and what is the case already. Raises ``OSError``."""
@@ -75,7 +87,11 @@ class Poller:
         self._again.append(call)
 
     def close(self) -> None:
-        if not self._epoll.closed:
+        """Let go of it: each user once."""
+        self._users -= 1
+        if not self._users:
+            if _of_loops.get(self._loop) is self:
+                del _of_loops[self._loop]
             self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
 
@@ -98,3 +114,6 @@ class Poller:
         calls, self._again = self._again, []
         for call in calls:
             call()
+
+
+_of_loops: dict[asyncio.AbstractEventLoop, Poller] = {}

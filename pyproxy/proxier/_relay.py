@@ -36,6 +36,7 @@ LAST = ENDED | HUP | ERROR
 LINGER_RESET = struct.pack("=ii", 1, 0)
 
 BUFFER = memoryview(bytearray(SMALL))  # nothing stays in it: one thread, no waiting in between
+SHORT = [BUFFER[:count] for count in range(513)]  # made once: that takes as long as half a call
 
 
 class Held(Struct, frozen=True):
@@ -178,42 +179,60 @@ class Side:
             self._copy()
 
     def _copy(self) -> None:
-        for _ in range(TURNS):
+        """Read and write. Nothing more is called for a small message, which most are."""
+        other = self.other
+        turns = TURNS
+        while turns:
+            count = -1
             try:
                 count = self.sock.recv_into(BUFFER, SMALL, MSG_DONTWAIT)
-            except BlockingIOError:
+                if not count:
+                    self._end()
+                    return
+                self.carried += count
+                data = SHORT[count] if count < len(SHORT) else BUFFER[:count]
+                taken = other.sock.send(data, MSG_DONTWAIT)
+            except OSError as error:
+                self._stopped(error, count)
                 return
-            except OSError:
-                self.connection.abort()
+            if taken != count:
+                self._keep(BUFFER[taken:count])
                 return
-            if not count:
-                self._end()
+            if other.patience:
+                other.lose_patience()
+            if count < SMALL and not self.has_last:
                 return
-            self.carried += count
-            if not self._flush(BUFFER[:count]):
+            if count == SMALL and self._goes_through_pipe():
                 return
-            if self._goes_through_pipe() if count == SMALL else not self.has_last:
-                return
+            turns -= 1
         self._soon()
 
-    def _flush(self, data: bytes | memoryview) -> bool:
-        """Give the other side these bytes; keep what it does not take, and say if it took all."""
-        other = self.other
+    def _stopped(self, error: OSError, count: int) -> None:
+        """See why nothing can be read, or else why so many bytes that were read are not taken."""
+        if isinstance(error, BlockingIOError):
+            if count > 0:
+                self._keep(BUFFER[:count])
+        elif count > 0:
+            self._refused()
+        else:
+            self.connection.abort()
+
+    def _flush(self, left: bytes) -> bool:
+        """Give the other side what is left; say if it took all."""
         try:
-            count = other.sock.send(data, MSG_DONTWAIT)
+            taken = self.other.sock.send(left, MSG_DONTWAIT)
         except BlockingIOError:
-            count = 0
+            return False
         except OSError:
             self._refused()
             return False
-        if count < len(data):
-            self.left = bytes(data[count:])
-            other.watch_writing()
-            return False
-        self.left = None
-        if other.patience:
-            other.lose_patience()
-        return True
+        self.left = left[taken:] or None
+        return self.left is None
+
+    def _keep(self, data: memoryview) -> None:
+        """Keep what the other side does not take now."""
+        self.left = bytes(data)
+        self.other.watch_writing()
 
     def _goes_through_pipe(self) -> bool:
         """Go on through a pipe; False if there is none to be had."""

@@ -12,7 +12,7 @@ from errno import EMSGSIZE
 from socket import IPPROTO_IP, IPPROTO_IPV6, MSG_DONTWAIT, SocketType
 from typing import Any
 
-from pyproxy.proxier._batch import Batch
+from pyproxy.proxier._batch import CANNOT, Batch
 from pyproxy.proxier._poller import Poller
 from pyproxy.proxier._sockets import OPTIONS, enlarge_queue
 
@@ -36,6 +36,7 @@ class Way:
         "_poller",
         "_refused",
         "_round",
+        "_sends_whole",
         "_sink",
         "_source",
         "_thick",
@@ -60,6 +61,7 @@ class Way:
         self._refused = refused
         self._count = count
         self._round = 0
+        self._sends_whole = True  # until the kernel says that it cannot
         self._thick = 0
 
     def ready(self, _events: int) -> None:
@@ -76,7 +78,7 @@ class Way:
         self._measure(count if is_thick else None)
         try:
             if is_thick:
-                self._batch.send(self._sink.fileno(), count)
+                self._send(count)
             else:
                 self._sink.send(BUFFER[:count], MSG_DONTWAIT)
         except BlockingIOError:
@@ -94,6 +96,20 @@ class Way:
         count = self._batch.receive(self._source.fileno())
         self._count(count, self._batch.bytes_of(count))
         return count
+
+    def _send(self, count: int) -> None:
+        """Send on a batch, as one packet where that can be: it costs half as much."""
+        fd = self._sink.fileno()
+        if self._sends_whole and count > 1 and self._batch.is_alike(count):
+            try:
+                self._batch.send_whole(fd, count)
+            except OSError as error:
+                if error.errno not in CANNOT:
+                    raise
+                self._sends_whole = False
+            else:
+                return
+        self._batch.send(fd, count)
 
     def _measure(self, batch: int | None) -> None:
         """Find out how thick datagrams come: from round to round, then by the size of batches."""

@@ -55,7 +55,7 @@ class TcpRelay:
         self.loop = asyncio.get_running_loop()
         self.surroundings = surroundings
         self.observe = observe
-        self.poller = Poller()
+        self.poller = Poller.of_loop()
         self.pipes = Pipes(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // PIPE_SHARE)
         self.starving: set[Dialling] = set()  # while there are any, nobody is accepted
         self._open: set[TcpConnection] = set()

@@ -18,7 +18,14 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pyproxy.model import Family, Frontend, Proto
-from pyproxy.proxier._netlink import NLM_F_CREATE, NLM_F_EXCL, Message, Netlink, attributes
+from pyproxy.proxier._netlink import (
+    ATTRIBUTE,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    Message,
+    Netlink,
+    attributes,
+)
 from pyproxy.proxier._netlink import attribute as attr
 
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
@@ -133,7 +140,11 @@ class Vips:
 
     def _routes(self, kind: int, vips: list[Vip], source: str | None) -> dict[Vip, int]:
         flags = NLM_F_CREATE | NLM_F_EXCL if kind == RTM_NEWROUTE else 0
-        messages = [Message(kind, flags, self._body(vip, source)) for vip in vips]
+        starts = {table: self._start(table, source) for table in {vip.table for vip in vips}}
+        messages = [
+            Message(kind, flags, starts[table] + socket.inet_pton(self._family, ip))
+            for ip, table in vips
+        ]
         codes = self.netlink.carry_out(messages)
         return {vip: code for vip, code in zip(vips, codes, strict=True) if code}
 
@@ -162,16 +173,16 @@ class Vips:
         body += attr(FRA_DPORT_RANGE, struct.pack("=HH", port, port))
         return Message(kind, NLM_F_CREATE | NLM_F_EXCL if kind == RTM_NEWRULE else 0, body)
 
-    def _body(self, vip: Vip, source: str | None) -> bytes:
+    def _start(self, table: int, source: str | None) -> bytes:
+        """Return what all routes of a table have in common: all but the address that follows."""
         body = self._header(self._bits)
-        body += attr(RTA_DST, socket.inet_pton(self._family, vip.ip))
-        body += attr(RTA_TABLE, struct.pack("=I", vip.table))
+        body += attr(RTA_TABLE, struct.pack("=I", table))
         body += attr(RTA_OIF, struct.pack("=I", self._loopback))
         if self._mark != RTPROT_PYPROXY:  # another metric: the same address may be both modes'
             body += attr(RTA_PRIORITY, struct.pack("=I", self._mark))
         if source is not None:
             body += attr(RTA_PREFSRC, socket.inet_pton(self._family, source))
-        return body
+        return body + ATTRIBUTE.pack(ATTRIBUTE.size + self._bits // 8, RTA_DST)
 
     def _header(self, bits: int) -> bytes:
         scope = RT_SCOPE_HOST if bits and self._family == socket.AF_INET else 0

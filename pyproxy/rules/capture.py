@@ -160,8 +160,8 @@ def network_key(network: Network, number: int = NO_SOURCES) -> bytes:
 
 def packed_entry(value: Entry, number: int) -> bytes:
     """Return an entry's bytes; ``number`` is that of its sources, 0 where all are allowed."""
-    verdicts = (VERDICTS[v] for v in (value.pod, value.node, value.outside))
-    return ENTRY.pack(*verdicts, value.by_client, number) + bytes(COUNTS.size)
+    pod, node, outside = VERDICTS[value.pod], VERDICTS[value.node], VERDICTS[value.outside]
+    return ENTRY.pack(pod, node, outside, value.by_client, number) + bytes(COUNTS.size)
 
 
 def packed_standing(standing: Standing) -> bytes:

@@ -7,11 +7,10 @@ first four bits in which the addresses differ: ``-d PREFIX -g KUBE-T-PREFIX``.
 from collections.abc import Sequence
 from functools import lru_cache
 from ipaddress import ip_address
-from socket import AF_INET, AF_INET6, inet_pton
 from typing import NamedTuple
 
-from pyproxy.model import family_of
 from pyproxy.rules.iptables import hashed
+from pyproxy.rules.nft import packed_ip
 
 LEAVES = 16  # rules that a chain may have before it branches
 CHAIN = "KUBE-T-"
@@ -27,7 +26,7 @@ class Leaf(NamedTuple):
 
 @lru_cache(maxsize=1 << 16)
 def digits_of(ip: str) -> str:
-    return inet_pton(AF_INET if family_of(ip) == 4 else AF_INET6, ip).hex()
+    return packed_ip(ip).hex()
 
 
 def tree(leaves: Sequence[Leaf]) -> dict[str, tuple[str, ...]]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from ipaddress import IPv6Address
+from socket import AF_INET, AF_INET6, inet_pton
 from typing import Literal, NamedTuple
 
 from msgspec import Struct
@@ -268,7 +269,7 @@ def field_type(table: Table, field: Field) -> TypeName:
 
 def packed_ip(ip: str) -> bytes:
     """Return the bytes of a canonical address of either family."""
-    return _packed_ipv6(ip) if ":" in ip else bytes(map(int, ip.split(".")))
+    return inet_pton(AF_INET6 if ":" in ip else AF_INET, ip)
 
 
 def packed_slot(number: int) -> bytes:
@@ -377,8 +378,3 @@ def _interval_text(kind: TypeName, first: bytes, last: bytes) -> str:
 
 def _ip_text(data: bytes) -> str:
     return ".".join(map(str, data)) if len(data) == 4 else str(IPv6Address(data))
-
-
-@lru_cache(maxsize=8192)
-def _packed_ipv6(ip: str) -> bytes:
-    return IPv6Address(ip).packed

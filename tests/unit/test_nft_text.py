@@ -1,6 +1,8 @@
-from ipaddress import ip_network
+from ipaddress import IPv6Address, ip_network
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyproxy.model import Address
 from pyproxy.rules.nft import (
@@ -35,6 +37,7 @@ from pyproxy.rules.nft import (
     key_interval,
     key_length,
     key_text,
+    packed_ip,
     packed_key,
     packed_slot,
     unpacked_key,
@@ -269,3 +272,14 @@ def test_the_order_of_elements_does_not_matter(family):
 )
 def test_a_comment_is_what_nft_can_read(comment, kept):
     assert clipped(comment) == kept
+
+
+@given(st.lists(st.sampled_from([0, 1, 0xA0, 0xFD00, 0xFFFF]), min_size=8, max_size=8))
+def test_addresses_are_packed_as_they_are_written(groups):
+    address = IPv6Address(b"".join(group.to_bytes(2, "big") for group in groups))
+    assert packed_ip(str(address)) == address.packed
+
+
+def test_addresses_are_packed_in_any_way_of_writing_that_is_canonical_somewhere():
+    assert packed_ip("::ffff:192.0.2.1") == IPv6Address("::ffff:192.0.2.1").packed
+    assert packed_ip("192.0.2.1") == bytes([192, 0, 2, 1])
