@@ -7,7 +7,6 @@ first four bits in which the addresses differ: ``-d PREFIX -g KUBE-T-PREFIX``.
 from collections.abc import Sequence
 from functools import lru_cache
 from ipaddress import ip_address
-from socket import AF_INET, AF_INET6, inet_pton
 from typing import NamedTuple
 
 from pyproxy.model import family_of
@@ -27,7 +26,9 @@ class Leaf(NamedTuple):
 
 @lru_cache(maxsize=1 << 16)
 def digits_of(ip: str) -> str:
-    return inet_pton(AF_INET if family_of(ip) == 4 else AF_INET6, ip).hex()
+    if family_of(ip) == 4:  # canonical: a third of the time of parsing it
+        return bytes(map(int, ip.split("."))).hex()
+    return ip_address(ip).packed.hex()
 
 
 def tree(leaves: Sequence[Leaf]) -> dict[str, tuple[str, ...]]:
