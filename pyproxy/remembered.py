@@ -1,16 +1,21 @@
-"""Keeps what the API server said on disk, and goes by it when a start finds the server away."""
+"""Keeps what the API server said on disk, and goes by it when a start finds the server away.
+
+The file is never older than what is in the kernel: what changes after it was written is appended
+before anybody hears of it. A start that went by an older word would take away what works.
+"""
 
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from pyproxy.app import Feed
 from pyproxy.metrics import Metrics
-from pyproxy.model import ApiObject, Change, Kind, ObjectName, Replace
-from pyproxy.state import KINDS, LastKnown, StateError, read, read_head
+from pyproxy.model import Change, Kind, ObjectName, Replace
+from pyproxy.state import KINDS, LastKnown, StateError, appended, read, read_head
 
 MAX_BYTES = 256 << 20
 FILE = "state"
@@ -22,7 +27,8 @@ class Times(NamedTuple):
     """In seconds."""
 
     patience: float = 5.0  # that a start waits for the API server's lists
-    delay: float = 30.0  # from a change to the file
+    delay: float = 30.0  # from a change to a new file
+    hurry: float = 0.5  # the same where there is none to append to
 
 
 class RememberedFeed:
@@ -42,6 +48,9 @@ class RememberedFeed:
         self._stale: set[Kind] = set()  # kinds that are known from the file only
         self._changed = asyncio.Event()
         self._trouble: str | None = None
+        self._journal: Journal | None = None  # the file, once it has all that we know
+        self._saving: list[bytes] | None = None  # changes of while it is written
+        self._urgent = asyncio.Event()
         self._on_change: Callable[[Change], None] = self._known.see
 
     async def follow(self, on_change: Callable[[Change], None]) -> None:
@@ -62,10 +71,12 @@ class RememberedFeed:
     async def aclose(self) -> None:
         if self._changed.is_set() and not self._stale and self._fresh:
             await self._save()
+        self._close_journal()
         await self._feed.aclose()
 
     def _take_in(self, change: Change) -> None:
         self._known.see(change)
+        self._append(change)
         self._on_change(change)
         self._changed.set()
         if isinstance(change, Replace) and change.kind not in self._fresh:
@@ -86,7 +97,7 @@ class RememberedFeed:
             head = read_head(data)
             if head.origin != self._origin:
                 raise StateError(f"it is for {head.origin}")
-            objects = await gathered(read(data))
+            known = await gathered(read(data))
         except (OSError, StateError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
             log.warning(
@@ -99,23 +110,50 @@ class RememberedFeed:
             if kind not in self._fresh:  # it may be here by now
                 self._stale.add(kind)
                 self._metrics.stale(kind, stale=True)
-                change = Replace(kind, tuple(objects[kind]), head.saved_at)
+                change = Replace(kind, known.objects(kind), head.saved_at)
                 self._known.see(change)
                 self._on_change(change)
         if self._stale:
             fields = {"kinds": ",".join(sorted(self._stale)), "age_seconds": age}
             log.warning("the API server is away: going by what it said before", extra=fields)
 
+    def _append(self, change: Change) -> None:
+        """Continue the file with a change; a list makes a new file due instead, at once."""
+        if isinstance(change, Replace):
+            self._close_journal()
+            self._saving = None
+            return
+        try:
+            if self._saving is not None:
+                self._saving.append(appended(change))
+            if self._journal is not None:
+                self._journal.append(appended(change))
+        except OSError as error:
+            self._complain(error)
+            self._close_journal()
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        self._urgent.set()
+
     async def _save_changes(self) -> None:
         while True:
             await self._changed.wait()
-            await asyncio.sleep(self.times.delay)
+            if self._journal is not None or self._trouble is not None:
+                self._urgent.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self.times.delay):
+                        await self._urgent.wait()
+            await asyncio.sleep(self.times.hurry)
             if not self._stale and set(KINDS) <= self._fresh:
                 self._changed.clear()
                 await self._save()
 
     async def _save(self) -> None:
-        """Replace the file at once or not at all."""
+        """Replace the file at once or not at all, and append to it from now on."""
+        since = self._saving = []
         parts: list[bytes] = []
         for part in self._known.records(self._origin, self._unix()):
             parts.append(part)
@@ -125,21 +163,49 @@ class RememberedFeed:
             if len(data) > MAX_BYTES:
                 raise OSError(0, f"{len(data)} bytes are more than {MAX_BYTES}")
             await asyncio.to_thread(replace_file, self._path, data)
+            self._close_journal()
+            if self._saving is since:  # else there was a list meanwhile: all is to be written anew
+                self._journal = Journal(self._path, len(data))
+                self._journal.append(b"".join(since))
         except OSError as error:
-            if error.strerror != self._trouble:
-                extra = {"file": str(self._path), "error": error.strerror}
-                log.warning("cannot save what is known of the cluster", extra=extra)
-            self._trouble = error.strerror
+            self._complain(error)
+            self._close_journal()
         else:
             self._trouble = None
+        self._saving = None
+
+    def _complain(self, error: OSError) -> None:
+        if error.strerror != self._trouble:
+            extra = {"file": str(self._path), "error": error.strerror}
+            log.warning("cannot save what is known of the cluster", extra=extra)
+        self._trouble = error.strerror
 
 
-async def gathered(
-    batches: Iterator[tuple[Kind, tuple[ApiObject, ...]]],
-) -> dict[Kind, list[ApiObject]]:
-    found: dict[Kind, list[ApiObject]] = {kind: [] for kind in KINDS}
-    for kind, objects in batches:
-        found[kind] += objects
+class Journal:
+    """The end of a file, to which changes are appended."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Raises ``OSError``."""
+        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._size = size
+
+    def append(self, data: bytes) -> None:
+        """Write to the kernel's memory, which outlives this process. Raises ``OSError``."""
+        self._size += len(data)
+        if self._size > MAX_BYTES:
+            raise OSError(0, f"{self._size} bytes are more than {MAX_BYTES}")
+        os.write(self._handle, data)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+async def gathered(batches: Iterator[Iterable[Change]]) -> LastKnown:
+    """Raises ``StateError``."""
+    found = LastKnown()
+    for batch in batches:
+        for change in batch:
+            found.see(change)
         await asyncio.sleep(0)
     return found
 

@@ -2,10 +2,11 @@
 
 A file has one record after another, each with its length before it, so that neither writing nor
 reading a large cluster holds anything up. The first says whose state it is, and when it was
-written. Objects are stored as the model has them; another version of the model is another file.
+written; what comes after the mark of the end are the changes since then, which a crash may have cut
+short. Objects are stored as the model has them; another version of the model is another file.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import GenericAlias
 from typing import Any, Final
 
@@ -31,9 +32,10 @@ from pyproxy.model import (
     WeightRule,
 )
 
-FORMAT: Final = "pyproxy state 1"
+FORMAT: Final = "pyproxy state 2"
 BATCH: Final = 200  # objects of a record
 LENGTH_BYTES: Final = 4
+END: Final = b"\xc0"  # the record after the last object: nil in MessagePack
 KINDS: Final[tuple[Kind, ...]] = ("Service", "EndpointSlice", "Node", "ServiceCIDR")
 
 
@@ -51,10 +53,11 @@ class Head(Struct, frozen=True, array_like=True):
 
 
 class Batch(Struct, frozen=True, array_like=True):
-    """Some objects of a kind."""
+    """Some objects of a kind, and the names of some that are gone."""
 
     kind: Kind
     objects: msgspec.Raw
+    gone: tuple[ObjectName, ...] = ()
 
 
 # Networks have no form of their own in MessagePack: a Service is stored with their texts instead.
@@ -105,8 +108,24 @@ class LastKnown:
         for kind in KINDS:
             objects = list(self._objects[kind].values())
             for first in range(0, len(objects), BATCH):
-                some = [stored(obj) for obj in objects[first : first + BATCH]]
-                yield framed(Batch(kind, msgspec.Raw(msgspec.msgpack.encode(some))))
+                yield framed(batch(kind, objects[first : first + BATCH]))
+        yield framed_bytes(END)
+
+    def objects(self, kind: Kind) -> tuple[ApiObject, ...]:
+        return tuple(self._objects[kind].values())
+
+
+def batch(kind: Kind, objects: Sequence[ApiObject], gone: tuple[ObjectName, ...] = ()) -> Batch:
+    return Batch(kind, msgspec.Raw(msgspec.msgpack.encode([stored(o) for o in objects])), gone)
+
+
+def appended(change: Upsert | Remove) -> bytes:
+    """Return what a file has to be continued with when this has changed since."""
+    match change:
+        case Upsert(kind=kind, obj=obj):
+            return framed(batch(kind, [obj]))
+        case Remove(kind=kind, name=name):
+            return framed(batch(kind, [], (name,)))
 
 
 def read_head(data: bytes) -> Head:
@@ -120,21 +139,38 @@ def read_head(data: bytes) -> Head:
     return head
 
 
-def read(data: bytes) -> Iterator[tuple[Kind, tuple[ApiObject, ...]]]:
-    """Yield the objects batch by batch, after the first record. Raises ``StateError``."""
+def read(data: bytes) -> Iterator[tuple[Upsert | Remove, ...]]:
+    """Yield what is after the first record, as changes of nothing. Raises ``StateError``.
+
+    Changes that were appended are read as far as they are whole.
+    """
     records = unframed(data)
     next(records, None)
+    is_whole = False
     try:
         for record in records:
-            batch = msgspec.msgpack.decode(record, type=Batch)
-            some = _DECODERS[batch.kind].decode(batch.objects)
-            yield batch.kind, tuple(map(restored, some))
-    except msgspec.MsgspecError as error:
-        raise StateError(f"it is damaged: {error}") from None
+            if record == END:
+                is_whole = True
+                continue
+            found = msgspec.msgpack.decode(record, type=Batch)
+            some = map(restored, _DECODERS[found.kind].decode(found.objects))
+            yield (
+                *(Upsert(found.kind, obj) for obj in some),
+                *(Remove(found.kind, name) for name in found.gone),
+            )
+    except (msgspec.MsgspecError, StateError) as error:
+        if not is_whole:
+            raise StateError(f"it is damaged: {error}") from None
+    else:
+        if not is_whole:
+            raise StateError("it is cut off")
 
 
 def framed(record: Struct) -> bytes:
-    body = msgspec.msgpack.encode(record)
+    return framed_bytes(msgspec.msgpack.encode(record))
+
+
+def framed_bytes(body: bytes) -> bytes:
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
@@ -169,7 +205,7 @@ def restored(obj: ApiObject) -> ApiObject:
 def network(text: str) -> Network:
     found = parse_network(text)
     if found is None:
-        raise StateError(f"it is damaged: {text} is not a range")
+        raise StateError(f"{text} is not a range")
     return found
 
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import shutil
 
 from pyproxy.metrics import Metrics
-from pyproxy.model import Node, Replace, Upsert
+from pyproxy.model import Node, Remove, Replace, Upsert
 from pyproxy.remembered import RememberedFeed, Times
 from pyproxy.state import KINDS
 from tests.builders import service
@@ -13,7 +14,8 @@ from tests.fakes.feed import FakeFeed
 ORIGIN = "Node here of http://api"
 SAVED_AT = 1000.0
 HERE, WEB, API = Node("here"), service("web"), service("api")
-QUICK = Times(patience=0.05, delay=0.01)
+QUICK = Times(patience=0.05, delay=0.01, hurry=0.0)
+SLOW = Times(patience=0.05, delay=1000.0, hurry=0.0)
 LISTS = {
     **{kind: Replace(kind, ()) for kind in KINDS},
     "Service": Replace("Service", (WEB,)),
@@ -27,12 +29,12 @@ def known(kind):
 
 
 @contextlib.asynccontextmanager
-async def followed(folder, *changes, origin=ORIGIN):
+async def followed(folder, *changes, origin=ORIGIN, times=QUICK):
     """Follow a feed that says these changes; what it passes on is in ``told``."""
     inner = FakeFeed(*changes)
     metrics = Metrics("userspace", (4,))
     feed = RememberedFeed(inner, folder, origin, metrics, lambda: SAVED_AT)
-    feed.times = QUICK
+    feed.times = times
     inner.told, inner.metrics = [], metrics
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(feed.follow(inner.told.append))
@@ -99,6 +101,37 @@ async def test_the_last_change_before_the_end_is_kept(tmp_path):
     async with followed(tmp_path) as feed:
         await until(lambda: len(feed.told) == len(KINDS))
         assert feed.told[0] == Replace("Service", (WEB, API), SAVED_AT)
+
+
+async def told_after_a_crash(folder, copy):
+    """What a start goes by that finds the folder as it is now."""
+    shutil.copytree(folder, copy)
+    async with followed(copy) as feed:
+        await until(lambda: len(feed.told) == len(KINDS))
+        return feed.told[0]
+
+
+async def test_a_change_is_in_the_file_before_anybody_hears_of_it(tmp_path):
+    async with followed(tmp_path / "a", *LISTS.values(), times=SLOW) as feed:
+        await until((tmp_path / "a" / "state").exists)
+        await asyncio.sleep(0.05)  # until it is open again
+        feed.tell(Upsert("Service", API), Remove("Service", WEB.name))
+        await feed.taken_in()
+        assert await told_after_a_crash(tmp_path / "a", tmp_path / "b") == Replace(
+            "Service", (API,), SAVED_AT
+        )
+
+
+async def test_a_list_makes_a_new_file_at_once(tmp_path):
+    file = tmp_path / "a" / "state"
+    async with followed(tmp_path / "a", *LISTS.values(), times=SLOW) as feed:
+        await until(file.exists)
+        before = file.stat().st_ino
+        feed.tell(Replace("Service", (API,)), Upsert("Service", WEB))
+        await until(lambda: file.stat().st_ino != before)
+        assert await told_after_a_crash(tmp_path / "a", tmp_path / "b") == Replace(
+            "Service", (API, WEB), SAVED_AT
+        )
 
 
 async def test_a_folder_that_cannot_be_is_a_warning(tmp_path, caplog):
