@@ -66,5 +66,5 @@ async def cleaned_up_after_others(config: Config, *, patient: bool = True) -> Le
     if not process.returncode:
         return None
     lines = output.decode(errors="replace").splitlines()[-3:]
-    what = "; ".join(line.removeprefix("pyproxy: ") for line in lines)
-    return Left(what, waits=process.returncode == WAITS)
+    told = "; ".join(line.removeprefix("pyproxy: ") for line in lines)
+    return Left(told, waits=process.returncode == WAITS)

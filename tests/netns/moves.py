@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pyproxy.demo.cluster import NODES, POD_PORT, PODS, SHELL, of_families, service_objects
 from pyproxy.demo.lab import Lab, isolate
 from pyproxy.demo.manifests import Manifests
-from pyproxy.demo.proxy import arguments, healthy, running
+from pyproxy.demo.proxy import arguments, healthy, running, tail
 from tests.netns import kube_rules
 
 NODE = NODES[0].name
@@ -206,9 +206,13 @@ class Scene:
         async with running(self.lab, words, log, program) as process:
             await healthy(self.lab, process, log, self._speed.most_seconds)
             last = "after the removal" if command[0] == "migrate" else '"serving"'
-            async with asyncio.timeout(self._speed.most_seconds):
-                while last not in log.read_text():  # noqa: ASYNC110 - another process writes it
-                    await asyncio.sleep(0.1)
+            try:
+                async with asyncio.timeout(self._speed.most_seconds):
+                    while last not in log.read_text():
+                        assert process.returncode is None, tail(log)
+                        await asyncio.sleep(0.1)
+            except TimeoutError as error:
+                raise AssertionError(f"no {last!r}:{tail(log)}") from error
             yield log
 
     async def migrate(self, *own):
