@@ -135,7 +135,7 @@ class Userspace(Struct, frozen=True, rename=file_name):
     cgroup: str = ""  # whose processes it is for; empty is the root, in the host's own namespace
     keep_client_address: bool = True  # where the plan says so
     drain_timeout_seconds: Seconds = 5.0  # after SIGTERM, until a successor has taken over
-    workers: int = 0  # processes that relay; 0 is one for each core, 1 is none but this one
+    workers: int = 0  # processes that relay; 0: one for each core, up to 4; 1: this one
     runtime_dir: str = ""  # where a successor finds this process; empty is /run/pyproxy
 
 

@@ -108,8 +108,8 @@ USERSPACE: Final = Group(
             "userspace-workers",
             INTEGER,
             "userspace.workers",
-            "How many processes relay for each IP family; 0 is one for each core. With 1, pyproxy "
-            "itself does.",
+            "How many processes relay for each IP family; 0 is one for each core, at most 4. "
+            "With 1, pyproxy itself does.",
         ),
         Flag(
             "userspace-runtime-dir",

@@ -102,8 +102,9 @@ class Crew:
     @property
     def serves_all(self) -> bool:
         """Say whether workers serve everybody, by all shared sockets."""
-        alone = not self._plane.fronts.sockets and not self._plane.fronts.entrances().own
-        return bool(self._count) and self.is_complete and self._admits and alone
+        if not (self._count and self.is_complete and self._admits):
+            return False
+        return not self._plane.fronts.sockets and not self._plane.fronts.entrances().own
 
     async def settle(self) -> None:
         """Wait until all workers can serve, or for as long as that should take."""

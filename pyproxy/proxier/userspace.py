@@ -39,6 +39,7 @@ from pyproxy.reconcile import ApplyError, Difference, Proxier, Reconciler
 from pyproxy.rules.listeners import Listener, Surroundings, compile_owner, owns_address, passes_by
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
+WORKERS_AT_MOST = 4  # for each family, unless told so: each takes some memory, used or not
 FIRST_PID_NAMESPACE = 0xEFFFFFFC  # the inode of the machine's: PROC_PID_INIT_INO in the kernel
 LEAVING_SECONDS = 2.0  # until a route that open connections kept is looked at again
 
@@ -55,7 +56,8 @@ def settled(config: Config) -> Config:
     Raises ``LookupError`` when it is set to what cannot be here.
     """
     if not config.userspace.workers:
-        config = with_setting(config, "userspace.workers", len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
+        config = with_setting(config, "userspace.workers", min(cores, WORKERS_AT_MOST))
     name = config.userspace.capture
     if name == "auto":
         return with_setting(config, "userspace.capture", best())

@@ -12,6 +12,7 @@ import pytest
 from pyproxy.config import Config, with_setting
 from pyproxy.counters import Tally, Where
 from pyproxy.counting import settled
+from pyproxy.proxier import userspace
 from pyproxy.proxier._capture import why_not
 from pyproxy.proxier._leftover import workers_here
 from tests.builders import owner
@@ -49,6 +50,14 @@ async def crew(family, config):
     async with proxied(family, config) as node:
         assert await becomes(WORKERS, lambda: len(node.frontends._crew._ready())) == WORKERS
         yield node, node.frontends._crew._members
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (3, 3), (64, 4)])
+def test_there_is_a_worker_for_each_core_but_no_more_than_four(cores, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: range(cores))
+    assert userspace.settled(Config()).userspace.workers == workers
+    told = with_setting(Config(), "userspace.workers", 6)
+    assert userspace.settled(told).userspace.workers == 6
 
 
 async def counts(node, name, proto="TCP"):
