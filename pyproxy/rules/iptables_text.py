@@ -40,7 +40,7 @@ def parsed(text: str) -> dict[Place, tuple[str, ...]]:
     """Return what is there: the rules of every chain, without the chain's name."""
     rules: dict[Place, list[str]] = {}
     table = ""
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines would split comments, at more characters than this
         if line.startswith("-A "):
             _, chain, rule = line.split(" ", 2)
             rules[table, chain].append(rule)
@@ -54,7 +54,7 @@ def parsed(text: str) -> dict[Place, tuple[str, ...]]:
 def counted(text: str) -> Iterator[tuple[Place, str, int]]:
     """Yield chain, rule and packets of what ``iptables-save --counters`` prints."""
     table = ""
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if line.startswith("["):
             counts, _, chain, rule = line.split(" ", 3)
             yield (table, chain), rule, int(counts[1:].partition(":")[0])

@@ -23,6 +23,7 @@ from pyproxy.model import (
 )
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.proxier import load
+from pyproxy.proxier._conntrack import Conntrack
 from pyproxy.proxier._ipvsdrain import in_use
 from pyproxy.proxier._ipvsnl import Busy, Ipvs
 from pyproxy.proxier._vips import RULE_PRIORITY
@@ -52,6 +53,15 @@ def ipvs(family):
     ipvs = Ipvs(family)
     yield ipvs
     ipvs.close()
+
+
+@pytest.fixture
+def kube_ipvs():
+    """The device of kube-proxy's mode."""
+    lab.batch("link add kube-ipvs0 type dummy", "link set kube-ipvs0 up")
+    yield "kube-ipvs0"
+    if "kube-ipvs0" in output_of("ip", "link"):
+        lab.batch("link del kube-ipvs0")
 
 
 def saved():
@@ -311,11 +321,10 @@ async def test_what_kube_proxy_left_goes_and_other_things_stay(family, ipvs):
     assert ipvs.servers(ours=False).keys() == set(others)
 
 
-async def test_what_kube_proxy_left_stays_while_it_has_connections(family, ipvs):
+async def test_what_kube_proxy_left_stays_while_it_has_connections(family, ipvs, kube_ipvs):
     web = Frontend(VIP[family].format(9), 80, "TCP")
     place, backend = Address(web.ip, web.port), Address(POD[family]["b"], lab.PORT)
-    on_device = lab.address(web.ip, "kube-ipvs0", lab.BITS[family])
-    lab.batch("link add kube-ipvs0 type dummy", "link set kube-ipvs0 up", on_device)
+    lab.batch(lab.address(web.ip, kube_ipvs, lab.BITS[family]))
     output_of("ipvsadm", "-A", "-t", str(place), "-s", "rr")
     output_of("ipvsadm", "-a", "-t", str(place), "-r", str(backend), "-m")
     async with lab.pods(family, "TCP"):
@@ -328,6 +337,23 @@ async def test_what_kube_proxy_left_stays_while_it_has_connections(family, ipvs)
         async with asyncio.timeout(PATIENCE_SECONDS):
             while in_use(family, ()):  # noqa: ASYNC110 - the kernel tells nobody
                 await asyncio.sleep(0.1)
+    assert not ipvs.servers(ours=False)
+    assert await load("ipvs").cleanup(family, Config()) is None
+
+
+async def test_flows_of_udp_are_forgotten_with_their_server(family, ipvs, kube_ipvs):
+    """Else they would go where no server is any more, for as long as their client talks."""
+    dns = Frontend(VIP[family].format(9), 53, "UDP")
+    place, backend = Address(dns.ip, dns.port), Address(POD[family]["b"], lab.PORT)
+    assert not [told for told in load("ipvs").prepare(Config()) if "net.ipv4.vs" in told]
+    lab.batch(lab.address(dns.ip, kube_ipvs, lab.BITS[family]))
+    output_of("ipvsadm", "-A", "-u", str(place), "-s", "rr")
+    output_of("ipvsadm", "-a", "-u", str(place), "-r", str(backend), "-m")
+    async with lab.pods(family, "UDP"):
+        assert (await lab.ask("a", *place, "UDP")).pod == "b"
+    assert len(list(Conntrack(family).flows([dns]))) == 1
+    assert in_use(family, ()) == frozenset()
+    assert list(Conntrack(family).flows([dns])) == []
     assert not ipvs.servers(ours=False)
     assert await load("ipvs").cleanup(family, Config()) is None
 

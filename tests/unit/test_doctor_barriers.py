@@ -3,7 +3,7 @@
 from ipaddress import ip_network
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -226,6 +226,7 @@ words = st.sampled_from(
 
 
 @given(st.lists(st.lists(words | st.text(max_size=8), max_size=9), max_size=5))
+@example([["--comment", "\x1e*"]])  # no end of a line
 def test_no_listing_is_too_odd_to_be_read(rules):
     lines = [f"-A PREROUTING {' '.join(rule)}".replace("\n", " ") for rule in rules]
     text = "\n".join(["*nat", ":PREROUTING - [0:0]", ":LOOP - [0:0]", *lines, "-A LOOP -j LOOP"])
