@@ -176,8 +176,25 @@ async def agreeing(stage):
 
 def break_in(mode):
     for words in BREAKS[mode]:
-        with subprocess.Popen(words) as process:
-            assert process.wait() == 0, words
+        command(*words)
+
+
+def command(*words):
+    with subprocess.Popen(words) as process:
+        assert process.wait() == 0, words
+
+
+async def noticed(stage, mode):
+    """Say whether it is told, as an Event and in the log, that somebody else changed rules."""
+    if mode == "nftables":
+        with stage.lab.inside(NODES[0].name):
+            command("nft", "delete", "element", "ip", "pyproxy", "cluster-ips", "{ 10.96.0.20 }")
+    for _ in range(100):
+        log = stage.log.read_text()
+        if "RulesChanged" in log and "our rules were changed" in log:
+            return True
+        await asyncio.sleep(0.1)
+    return False
 
 
 BREAKS = {  # mode nftables mends itself at once: its tests look without a daemon
@@ -200,6 +217,7 @@ async def told(lab, mode, folder):
             "differences": await differences(stage, mode),
             "waited": await changed(stage),
             "tampered": await tampered(stage, mode),
+            "noticed": await noticed(stage, mode),
         }
 
 
