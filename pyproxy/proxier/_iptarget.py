@@ -64,7 +64,7 @@ class IpTarget:
     async def adopt(self) -> Mapping[Item, Content]:
         """Read the tables and sets. What the fixed part lacks is added by ``apply``."""
         before, was_sure = self._held, self._sure
-        members_before = {name: members.held for name, members in self._members.items()}
+        members_before = self._members.held()
         self._sure = False
         try:
             there = parsed(await self._tables.save())
@@ -82,9 +82,7 @@ class IpTarget:
             self._layout.put(item, content)
         self._due = {}
         self._missing = founded(there, self._layout.fixed, jumps(ruleset))
-        drift = differences(before, self._held)
-        for name, held in members_before.items():
-            drift += len(held ^ self._members[name].held)
+        drift = differences(before, self._held) + len(members_before ^ self._members.held())
         if was_sure and drift:
             self._on_drift(drift)
         return items | members
