@@ -69,8 +69,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def of_kernel(own: argparse.Namespace, source: Source) -> int:
-    if own.mode is not None or own.against:
-        raise CommandError("diff: which objects? --mode and --against go with -f or --kubeconfig")
+    if own.mode is not None or own.against or own.entries:
+        raise CommandError(
+            "diff: which objects? --mode, --against and --entries go with -f or --kubeconfig"
+        )
     found = source.ask("verify", Verification, {})
     show(as_json(found) if own.output == "json" else "".join(map(family_text, found.families)))
     return verdict(found)

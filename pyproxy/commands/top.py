@@ -47,6 +47,8 @@ def main(words: Sequence[str]) -> int:
         raise CommandError(f"--interval: {error}") from error
     if seconds < SHORTEST_SECONDS:
         raise CommandError(f"--interval: {own.interval} is less than {SHORTEST_SECONDS:g}s")
+    if own.count < 0 or own.rows < 1:
+        raise CommandError("top: -n is 0 or more, and --rows 1 or more")
     query = {"by": own.by, "service": own.service, "namespace": own.namespace}
     query = {name: value for name, value in query.items() if value}
     if own.output == "json":

@@ -13,7 +13,7 @@ from pyproxy.model import Address
 
 HEALTH = Address("127.0.0.1", 10256)
 METRICS = Address("127.0.0.1", 10249)
-START_SECONDS = 20.0
+HEALTHY_SECONDS = 20.0
 STOP_SECONDS = 5.0
 TAIL_LINES = 15
 
@@ -67,7 +67,7 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
 
 
 async def healthy(
-    lab: Lab, process: asyncio.subprocess.Process, log: Path, seconds: float = START_SECONDS
+    lab: Lab, process: asyncio.subprocess.Process, log: Path, seconds: float = HEALTHY_SECONDS
 ) -> None:
     """Wait until the proxy says that it is healthy."""
     try:

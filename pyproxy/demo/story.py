@@ -32,7 +32,7 @@ from pyproxy.demo.expect import (
 )
 from pyproxy.demo.lab import Lab
 from pyproxy.demo.manifests import Manifests
-from pyproxy.demo.proxy import ProxyFailed, arguments, healthy, running, tail
+from pyproxy.demo.proxy import HEALTHY_SECONDS, ProxyFailed, arguments, healthy, running, tail
 from pyproxy.demo.table import Look, Row, closing, paragraph, table, update_lines
 from pyproxy.demo.traffic import ask, serve
 from pyproxy.model import Address
@@ -141,7 +141,9 @@ class Demo:
         self._servers = Servers(lab)
 
     @contextlib.asynccontextmanager
-    async def on_stage(self, log: Path, command: Sequence[str] = ()) -> AsyncIterator[None]:
+    async def on_stage(
+        self, log: Path, command: Sequence[str] = (), start_seconds: float = HEALTHY_SECONDS
+    ) -> AsyncIterator[None]:
         """Have pods answer and pyproxy run for the length of a block."""
         self._say_all(paragraph(SCENE))
         self._say("")
@@ -151,7 +153,7 @@ class Demo:
             for pod in PODS:
                 await self._servers.start(pod)
             async with running(self._lab, options, log, command) as process:
-                await healthy(self._lab, process, log)
+                await healthy(self._lab, process, log, start_seconds)
                 await self._first_answer(log)
                 self._say(
                     f"pyproxy run --proxy-mode {self._mode}: ready after {_now() - started:.1f} s\n"

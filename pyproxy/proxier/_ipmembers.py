@@ -38,6 +38,10 @@ class MemberSets:
         """Return the members there are; create the sets that are missing. Raises ``OSError``."""
         return await asyncio.to_thread(self._read)
 
+    def held(self) -> set[tuple[str, str]]:
+        """Return each member that the kernel has, as far as we know, with its set."""
+        return {(name, m) for name, members in self._members.items() for m in members.held}
+
     def put(self, item: Item) -> None:
         members = self._members[item.chain]
         members.users.setdefault(item.match, set()).add(item.owner)

@@ -38,7 +38,8 @@ class IpTarget:
     ) -> None:
         """``ruleset`` returns what the fixed part shall be at that moment.
 
-        ``on_drift`` hears how many chains somebody else has changed, when that is found out;
+        ``on_drift`` hears how many chains and members of sets somebody else has changed, when that
+        is found out;
         ``on_restore`` of every sync, whether it wrote anything or not.
         """
         self._tables = tables
@@ -63,6 +64,7 @@ class IpTarget:
     async def adopt(self) -> Mapping[Item, Content]:
         """Read the tables and sets. What the fixed part lacks is added by ``apply``."""
         before, was_sure = self._held, self._sure
+        members_before = self._members.held()
         self._sure = False
         try:
             there = parsed(await self._tables.save())
@@ -80,7 +82,8 @@ class IpTarget:
             self._layout.put(item, content)
         self._due = {}
         self._missing = founded(there, self._layout.fixed, jumps(ruleset))
-        if was_sure and (drift := differences(before, self._held)):
+        drift = differences(before, self._held) + len(members_before ^ self._members.held())
+        if was_sure and drift:
             self._on_drift(drift)
         return items | members
 

@@ -1,7 +1,7 @@
 """Asks every frontend from everywhere, and holds what comes back against ``pyproxy explain``.
 
 A program of its own, as it cannot leave its namespaces: ``python -m tests.netns.agreement MODE``
-prints the disagreements as JSON, and what the commands said.
+prints the disagreements as JSON, and what the commands said; with the word ``briefly``, less.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from pyproxy.traffic import TrafficCounts
 from pyproxy.written import Verification
 from tests.netns.stage import folder_of, isolated, staged
 
-REQUESTS = 12
+REQUESTS, FEW = 12, 2
 SILENCE_SECONDS = 0.5
 PATIENCE_SECONDS = 10.0  # with who will answer, on a machine that is busy
 NODE_IP = NODES[0].machine.ips[0]
@@ -36,8 +36,11 @@ RESULTS = {
 }
 
 
-async def compared(stage):
-    """Return what explain and the traffic disagree about, and how many connections were made."""
+async def compared(stage, most):
+    """Return what explain and the traffic disagree about, and how many connections were made.
+
+    Of each that is forwarded, ``most`` connections are made.
+    """
     daemon = Daemon(str(stage.socket))
     routes = await asyncio.to_thread(daemon.ask, "routes", Routes, {})
     disagreements, count = [], 0
@@ -49,7 +52,7 @@ async def compared(stage):
             answer = await asyncio.to_thread(daemon.ask, "explain", Explanation, query)
             case = answer.frontends[0].cases[0]
             forwards = case.action == "forward"
-            requests, seconds = (REQUESTS, PATIENCE_SECONDS) if forwards else (2, SILENCE_SECONDS)
+            requests, seconds = (most, PATIENCE_SECONDS) if forwards else (2, SILENCE_SECONDS)
             replies = [
                 await ask(stage.lab.socket(origin.namespace, where.ip), where, seconds)
                 for _ in range(requests)
@@ -176,8 +179,25 @@ async def agreeing(stage):
 
 def break_in(mode):
     for words in BREAKS[mode]:
-        with subprocess.Popen(words) as process:
-            assert process.wait() == 0, words
+        command(*words)
+
+
+def command(*words):
+    with subprocess.Popen(words) as process:
+        assert process.wait() == 0, words
+
+
+async def noticed(stage, mode):
+    """Say whether it is told, as an Event and in the log, that somebody else changed rules."""
+    if mode == "nftables":
+        with stage.lab.inside(NODES[0].name):
+            command("nft", "delete", "element", "ip", "pyproxy", "cluster-ips", "{ 10.96.0.20 }")
+    for _ in range(100):
+        log = stage.log.read_text()
+        if "RulesChanged" in log and "our rules were changed" in log:
+            return True
+        await asyncio.sleep(0.1)
+    return False
 
 
 BREAKS = {  # mode nftables mends itself at once: its tests look without a daemon
@@ -190,7 +210,7 @@ BREAKS = {  # mode nftables mends itself at once: its tests look without a daemo
 async def told(lab, mode, folder):
     async with staged(lab, folder, mode) as stage:
         await stage.command("wait", "service/default/weighted")
-        disagreements, count = await compared(stage)
+        disagreements, count = await compared(stage, REQUESTS)
         return {
             "disagreements": disagreements,
             "count": count,
@@ -200,13 +220,27 @@ async def told(lab, mode, folder):
             "differences": await differences(stage, mode),
             "waited": await changed(stage),
             "tampered": await tampered(stage, mode),
+            "noticed": await noticed(stage, mode),
         }
 
 
-def main(mode):
+async def briefly(lab, mode, folder):
+    """Return the same but for the commands, of few connections: a guest takes ten times as long."""
+    async with staged(lab, folder, mode) as stage:
+        disagreements, count = await compared(stage, FEW)
+        return {
+            "disagreements": disagreements,
+            "count": count,
+            "refusals": await refusals(stage),
+            "verdicts": await verdicts(stage),
+        }
+
+
+def main(mode, how="at length"):
     lab = isolated()
+    asked = briefly if how == "briefly" else told
     with TemporaryDirectory(prefix="pyproxy-see-") as folder:
-        print(json.dumps(asyncio.run(told(lab, mode, folder_of(folder)))))  # noqa: T201
+        print(json.dumps(asyncio.run(asked(lab, mode, folder_of(folder)))))  # noqa: T201
 
 
 if __name__ == "__main__":

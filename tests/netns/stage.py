@@ -16,6 +16,7 @@ from pyproxy.demo.story import Demo
 from pyproxy.demo.table import Look
 
 COMMAND_SECONDS = 30
+START_SECONDS = 90  # in a virtual machine that is emulated
 BALANCED = "  clusterIP: 10.96.0.10"  # of a Service with pods on both nodes
 AWAY = PODS[4]  # of the other node
 
@@ -189,7 +190,7 @@ async def staged(lab, folder, mode):
     (stage.manifests / "extra.yaml").write_text(EXTRA)
     flags = ("--service-metrics=endpoint", "--control-socket", str(stage.socket))
     program = (sys.executable, "-m", "pyproxy", "run", *flags)
-    async with demo.on_stage(stage.log, program):
+    async with demo.on_stage(stage.log, program, START_SECONDS):
         yield stage
 
 

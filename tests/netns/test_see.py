@@ -125,6 +125,10 @@ def test_an_audit_tells_what_differs_and_has_it_put_right(told):
     assert (found["later"][0], "agree" in found["later"][1]) == (0, True)
 
 
+def test_a_change_by_somebody_else_is_an_event(told):
+    assert told["noticed"]
+
+
 def test_the_page_of_the_commands_shows_what_they_say_now():
     words = [sys.executable, "-m", "docs.make_commands", "--check"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:

@@ -207,6 +207,9 @@ def test_explain_works_on_files_and_verifies_nothing(offline):
         (("explain",), "explain: it needs service/NAMESPACE/NAME, or --from WHO --to IP:PORT"),
         (("explain", "service/a/b", "--to", "1.2.3.4:80"), "explain: either service/"),
         (("wait", "service/default/web"), "wait: only a running pyproxy writes anything"),
+        (("top",), "traffic: only a running pyproxy knows; leave out -f"),
+        (("top", "-n", "-1"), "top: -n is 0 or more, and --rows 1 or more"),
+        (("top", "--rows=0"), "top: -n is 0 or more, and --rows 1 or more"),
     ],
 )
 def test_a_mistake_is_one_line(offline, words, error):
@@ -214,6 +217,11 @@ def test_a_mistake_is_one_line(offline, words, error):
     assert (code, out) == (1, "")
     assert err.startswith(f"pyproxy: {error}")
     assert err.count("\n") == 1
+
+
+def test_what_diff_is_to_tell_of_manifests_needs_some(capsys):
+    assert main(["diff", "--entries"]) == 2
+    assert "--entries go with -f or --kubeconfig" in capsys.readouterr().err
 
 
 def test_files_that_make_no_sense_are_named(tmp_path, capsys):

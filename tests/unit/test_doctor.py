@@ -194,6 +194,8 @@ def test_trouble_is_found(facts, severity, subject, words):
     (found,) = findings(facts)
     assert (found.severity, found.subject) == (severity, subject)
     assert words in " ".join((found.what, found.evidence, found.fix))
+    assert found.evidence
+    assert found.fix or found.subject == "not looked at"
 
 
 def test_a_pyproxy_that_starts_tells_no_notes():
