@@ -72,7 +72,7 @@ class IpTarget:
         except (IptablesError, OSError) as error:
             raise ApplyError(str(error)) from error
         ruleset = self.ruleset = self._ruleset()
-        self._layout = Layout(ruleset)
+        self._layout = Layout(ruleset, there)
         items, self._held = read(there, self._layout.fixed)
         self._owned = Counter({place[0]: 0 for place in self._layout.fixed})
         for (table, _chain), rules in self._held.items():

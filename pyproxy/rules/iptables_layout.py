@@ -20,13 +20,17 @@ DISPATCH: Place = ("nat", SERVICES)
 
 
 class Layout:
-    """The chains that items and the fixed part make together."""
+    """The chains that items and the fixed part make together.
 
-    def __init__(self, ruleset: Ruleset) -> None:
+    ``there`` are the chains of before: a tree may have grown of other items, and none of them
+    would name its branches when they are to go.
+    """
+
+    def __init__(self, ruleset: Ruleset, there: Iterable[Place] = ()) -> None:
         self.fixed = fixed_chains(ruleset)
         self._own: dict[Place, tuple[str, ...]] = {}
         self._rules: dict[Place, dict[str, str]] = {}  # by chain, then match: the target
-        self._branches: set[Place] = set()  # chains of the tree
+        self._branches = {place for place in there if place[1].startswith(TREE)}
         self._touched: set[Place] = set(self.fixed)
 
     def put(self, item: Item, content: Content) -> None:

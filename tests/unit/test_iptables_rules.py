@@ -308,6 +308,17 @@ def test_one_item_less_changes_what_leaving_it_out_would(family):
     assert after == chains_of(Ruleset(family), {i: c for i, c in wanted.items() if i != gone})
 
 
+def test_branches_of_an_earlier_tree_go_with_what_they_led_to():
+    """A start, or a full sync, may find a tree of which next to nothing is left."""
+    branch = ("nat", "KUBE-T-0A60003")
+    layout = Layout(RULESET, [branch, ("nat", "KUBE-SERVICES"), ("nat", "OTHERS")])
+    found = layout.take()
+    assert found[branch] is None
+    assert ("nat", "OTHERS") not in found
+    layout.put(Item("nat", "KUBE-SERVICES", "-d 10.96.0.1/32 -p tcp -m tcp --dport 80"), SVC)
+    assert branch not in layout.take()
+
+
 def test_what_leads_to_a_chain_is_found():
     layout = Layout(RULESET)
     found = items(endpoint(1), node_port=30080, affinity_seconds=60)
