@@ -11,6 +11,7 @@ from pyproxy.proxier._nfexpr import (
     DATA_VALUE,
     DATA_VERDICT,
     NFPROTO,
+    NFPROTO_BRIDGE,
     VERDICT_CHAIN,
     VERDICT_CODE,
     VERDICTS,
@@ -82,7 +83,7 @@ def described(request: bytes) -> str:
     """Say which request this is, such as ``new rule in pick-10 of ip pyproxy``."""
     answer = list(answers(request))[-1]
     message = answer.kind & 0xFF
-    family = "ip6" if answer.payload[0] == NFPROTO[6] else "ip"
+    family = {NFPROTO[6]: "ip6", NFPROTO_BRIDGE: "bridge"}.get(answer.payload[0], "ip")
     names = dict(plain_attributes(answer.payload[GENERIC:]))
     table = f"{family} {text_in(names.get(1, b''))}"
     verb, thing = _VERBS[message % 3], _OBJECTS[min(message // 3, len(_OBJECTS) - 1)]

@@ -159,9 +159,9 @@ class Frontends:
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
             self._bypass = Bypass(self._env.family, RTPROT_PYPROXY, self._vips.netlink)
-            dresser = self._plane.transparent
+            dresser, timeouts = self._plane.transparent, self._manner.timeouts
             if dresser is not None:
-                dresser.switch_on(self._vips.netlink)
+                dresser.switch_on(self._vips.netlink, max(timeouts.single, timeouts.stream))
             else:
                 transparent.remove(self._env.family)  # of an earlier process
             manner = replace(self._manner, keeps_client=dresser is not None and dresser.is_on)
