@@ -245,9 +245,9 @@ def _ending(table: Table, statement: Ending, map_id: int) -> bytes:
             return _load_all(table, fields) + _lookup(name, verdict=True)
         case PickVerdict(pick):
             return _pick(table, pick, 0) + _lookup(ANONYMOUS_MAP, verdict=True, set_id=map_id)
-        case Reject():
-            code = bytes([PORT_UNREACHABLE[table.family]])
-            return _expression("reject", {1: u32(0), 2: code})
+        case Reject(reset):
+            code = {} if reset else {2: bytes([PORT_UNREACHABLE[table.family]])}
+            return _expression("reject", {1: u32(int(reset)), **code})
         case Masquerade():
             return _numbers("masq", {1: NAT_FULLY_RANDOM})
         case Tproxy(address):

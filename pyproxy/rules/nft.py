@@ -248,7 +248,9 @@ class TakeFrame(Struct, frozen=True):
 
 
 class Reject(Struct, frozen=True):
-    """``reject``: answer that the port is unreachable."""
+    """``reject``: answer that the port is unreachable; or reset, if it is TCP for sure."""
+
+    reset: bool = False
 
 
 class Masquerade(Struct, frozen=True):

@@ -181,8 +181,8 @@ def _ending_text(table: Table, statement: Ending) -> str:
         case PickVerdict(pick, verdicts):
             choices = ", ".join(f"{i} : {_verdict_text(v)}" for i, v in enumerate(verdicts))
             return f"{_pick_text(table, pick)} vmap {{ {choices} }}"
-        case Reject():
-            return "reject"
+        case Reject(reset):
+            return "reject with tcp reset" if reset else "reject"
         case Masquerade():
             return "masquerade fully-random"
         case Tproxy(address):
