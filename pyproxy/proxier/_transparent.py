@@ -39,7 +39,7 @@ from pyproxy.rules.tproxy import AFTER_DSTNAT
 
 TABLE_NAME = "pyproxy-userspace"
 CHAIN = Chain("prerouting", Hook("filter", "prerouting", AFTER_DSTNAT))
-MARK = 0x2000
+MARK = 0x1000  # 0x2000 is CNI's plugin portmap, 0x4000 and 0x8000 are Kubernetes'
 IP_BIND_ADDRESS_NO_PORT = 24
 ROUTES = 98 << 24 | 1  # a routing table of our own
 RULE_PRIORITY = 97

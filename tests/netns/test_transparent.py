@@ -1,5 +1,6 @@
 """Whom backends see: clients and backends in namespaces of their own, this one is the node."""
 
+import asyncio
 import subprocess
 from contextlib import ExitStack, asynccontextmanager
 
@@ -10,7 +11,7 @@ from pyproxy.model import Address
 from pyproxy.proxier import _transparent
 from pyproxy.proxier._nfnetlink import NfTables
 from tests.netns.abuse import TRIALS
-from tests.netns.machines import Machine, forwards
+from tests.netns.machines import Machine, done, forwards
 from tests.netns.node import proxied
 
 OUTSIDE = {4: "203.0.113.60", 6: "fd00:6e::60"}
@@ -73,13 +74,34 @@ async def test_what_passes_through_to_the_number_of_a_node_port_is_left_alone(
     family, proto, machines
 ):
     outside, pod = machines
-    words = outside.command(sys.executable, "-c", WHO, OUTSIDE[family], "30080")
     async with served(family, proto) as (node, _vip):
         await node.service("ports", 2, proto=proto, type="NodePort", node_port=30080)
         await node.endpoints("ports", Address(POD[family], PORT), proto=proto)
-        with started(words):
+        with outside.answers(OUTSIDE[family], 30080):
             seen = await pod.asks(OUTSIDE[family], 30080, kind=proto, count=TRIALS)
         assert seen == {POD[family]: TRIALS}
+
+
+PORTMAP = """table ip portmap {
+  chain prerouting {
+    type filter hook prerouting priority -100
+    meta mark set meta mark | 0x2000
+  }
+}
+"""
+
+
+async def test_packets_that_a_port_mapping_of_the_cni_has_marked_go_their_way(machines, tmp_path):
+    """Plugin portmap of CNI's marks with 0x2000 what it is to masquerade."""
+    outside, _pod = machines
+    rules = tmp_path / "portmap.nft"
+    rules.write_text(PORTMAP)
+    async with served(4):
+        await asyncio.to_thread(done, "nft", "-f", str(rules))
+        try:
+            assert await outside.asks(POD[4], PORT) == {OUTSIDE[4]: 1}
+        finally:
+            await asyncio.to_thread(done, "nft", "delete", "table", "ip", "portmap")
 
 
 async def test_nothing_is_left_of_it_when_the_mode_is_cleared():
@@ -95,4 +117,4 @@ def rules_there():
         chains = nf_tables.chains(_transparent.nf_table(4))
     finally:
         nf_tables.close()
-    return "fwmark 0x2000/0x2000" in listed, _transparent.CHAIN.name in {c.name for c in chains}
+    return "fwmark 0x1000/0x1000" in listed, _transparent.CHAIN.name in {c.name for c in chains}
