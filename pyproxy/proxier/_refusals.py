@@ -1,7 +1,7 @@
 """Refuses clients of Services without endpoints, where the kernel by itself would say nothing."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 
 from pyproxy.model import Frontend
@@ -20,19 +20,27 @@ class Refusals:
     """The frontends that rules refuse to everybody; the table is there while there are any."""
 
     def __init__(self) -> None:
+        self._candidates: set[Frontend] = set()
         self._refused: set[Frontend] = set()
         self._known = False  # what is there; an earlier process may have left something
         self._complains = True
 
-    def apply(self, changed: Mapping[Frontend, Listener], gone: Iterable[Frontend]) -> None:
-        """Take in how frontends are now.
+    def apply(
+        self,
+        changed: Mapping[Frontend, Listener],
+        gone: Iterable[Frontend],
+        own: Collection[str],
+    ) -> None:
+        """Take in how frontends are now, and which addresses are the node's ``own``.
 
-        Where there can be no rules, connections are accepted and then reset.
+        At those the kernel refuses, unless another program listens. Where there can be no rules,
+        connections are accepted and then reset.
         """
-        refused = {f for f, listener in changed.items() if refuses_all(f, listener.route)}
-        served = self._refused & (changed.keys() | set(gone)) - refused
-        new = refused - self._refused
-        self._refused = self._refused - served | refused
+        self._candidates -= changed.keys() | set(gone)
+        self._candidates |= {f for f, new in changed.items() if refuses_all(f, new.route)}
+        refused = {frontend for frontend in self._candidates if frontend.ip not in own}
+        new, served = refused - self._refused, self._refused - refused
+        self._refused = refused
         if self._known and not new and not served:
             return
         try:

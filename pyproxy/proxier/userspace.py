@@ -209,7 +209,7 @@ class Frontends:
         self._commit()
         await self._crew.flush()
         if self._refusals is not None:
-            self._refusals.apply(changed, delta.removed)
+            self._refusals.apply(changed, delta.removed, self._around.node_ips)
         if not self._succession.began:
             await self._succession.begin(self._crew)
             await asyncio.to_thread(tell_leftovers, self._env.family, ANOTHER_SERVES)

@@ -39,7 +39,7 @@ NOBODY: Final = Entry("refuse", "refuse", "refuse")
 
 
 def refuses_all(frontend: Frontend, route: Route) -> bool:
-    """Say whether everybody is to be refused, at an address that need not be the node's."""
+    """Say whether everybody is to be refused, at an address that may be another machine's."""
     return bool(frontend.ip) and not owns_address(route) and entry(route) == NOBODY
 
 

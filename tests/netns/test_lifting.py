@@ -70,44 +70,40 @@ async def test_an_answer_in_fragments_comes_whole(family, pods, filtered):
         assert answer == {POD[family]: 1}
 
 
-@both
-async def test_what_pods_say_to_each_other_directly_stays_in_the_bridge(family, pods):
+async def test_what_pods_say_to_each_other_directly_stays_in_the_bridge(pods):
     asking, _ = pods
-    async with served(family) as node:
-        assert await asking.asks(node.vip(1)) == {POD[family]: 1}
+    async with served(4) as node:
+        assert await asking.asks(node.vip(1)) == {POD[4]: 1}
         before = received()
-        assert await asking.asks(BACKEND[family], PORT, count=20) == {POD[family]: 20}
+        assert await asking.asks(BACKEND[4], PORT, count=20) == {POD[4]: 20}
         assert received() - before < 20
 
 
-@both
-async def test_a_backend_that_hides_its_answers_sees_the_node(family, pods):
+async def test_a_backend_whose_answers_are_not_lifted_sees_the_node(pods):
     """Answers that are not lifted go to the client, which knows nothing of them."""
     asking, _ = pods
-    async with served(family) as node:
-        done("nft", "delete", "table", "bridge", table_name(family))
-        assert await asking.asks(node.vip(1)) == {NODE[family]: 1}
+    async with served(4) as node:
+        done("nft", "delete", "table", "bridge", table_name(4))
+        assert await asking.asks(node.vip(1)) == {NODE[4]: 1}
 
 
-@both
-async def test_a_kernel_without_rules_for_bridges_shows_the_node(family, pods, monkeypatch):
+async def test_a_kernel_without_rules_for_bridges_shows_the_node(pods, monkeypatch):
     def fail(*_):
         raise _transparent.NfError(95, None, "no tables in bridges", "")
 
     monkeypatch.setattr(_lifting, "install", fail)
     asking, _ = pods
-    async with served(family) as node:
-        assert await asking.asks(node.vip(1)) == {NODE[family]: 1}
+    async with served(4) as node:
+        assert await asking.asks(node.vip(1)) == {NODE[4]: 1}
 
 
-@both
-async def test_a_start_remembers_the_flows_of_the_process_before(family, pods):
+async def test_a_start_remembers_the_flows_of_the_process_before(pods):
     asking, _ = pods
-    async with served(family) as node:
+    async with served(4) as node:
         await asking.asks(node.vip(1))
-        notes = remembered(family)
-        _lifting.install(family, _transparent.TABLE_NAME, _transparent.MARK, 100)
-        assert remembered(family) == notes != []
+        notes = remembered(4)
+        _lifting.install(4, _transparent.TABLE_NAME, _transparent.MARK, 100)
+        assert remembered(4) == notes != []
 
 
 async def test_nothing_is_left_of_it_when_the_mode_is_cleared():

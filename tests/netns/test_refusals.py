@@ -9,7 +9,7 @@ from pyproxy.model import Address
 from pyproxy.proxier._nfnetlink import NfTables
 from pyproxy.rules.refusals import TABLE
 from tests.netns.machines import Machine, done, forwards
-from tests.netns.node import LOOPBACK, proxied
+from tests.netns.node import LOOPBACK, NODE_IP, proxied
 
 OUTSIDE = {4: "203.0.113.60", 6: "fd00:6e::60"}
 POD = {4: "10.244.1.30", 6: "fd00:10:244::30"}
@@ -32,9 +32,9 @@ def outside(namespace):
 
 
 @asynccontextmanager
-async def served(family, *backends, proto="TCP", keep=False):
+async def served(family, *backends, proto="TCP", keep=False, vip=None):
     async with proxied(family, keep=keep) as node:
-        fields = {"type": "LoadBalancer", "load_balancer_ips": (VIP[family],)}
+        fields = {"type": "LoadBalancer", "load_balancer_ips": (vip or VIP[family],)}
         await node.service("web", 1, proto=proto, **fields)
         await node.endpoints("web", *backends, proto=proto)
         yield node
@@ -84,6 +84,11 @@ async def test_a_table_that_somebody_removed_is_made_anew(outside):
         await node.service("other", 2, load_balancer_ips=(VIP[4],), port=81, type="LoadBalancer")
         assert await outside.asks(VIP[4]) == {REFUSED: 1}
         assert await outside.asks(VIP[4], 81) == {REFUSED: 1}
+
+
+async def test_an_address_of_the_node_is_left_to_its_programs():
+    async with served(4, vip=NODE_IP[4]):
+        assert not is_there()
 
 
 async def test_the_table_is_there_while_it_is_needed():
