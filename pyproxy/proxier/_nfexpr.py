@@ -5,10 +5,10 @@ fields follow each other as in a set's key, and what a number is hashed from lie
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from pyproxy.model import Address, Family
-from pyproxy.proxier._netlink import attribute, attributes
+from pyproxy.proxier._netlink import attribute
 from pyproxy.rules.nft import (
     PROTO_NUMBERS,
     AddressMatch,
@@ -391,44 +391,3 @@ def _nat(table: Table, port_word: int) -> bytes:
     address, port = register(0), register(port_word)
     numbers = {1: NAT_DESTINATION, 2: NFPROTO[table.family], 3: address, 4: address}
     return _numbers("nat", numbers | {5: port, 6: port, 7: NAT_WITH_PORT})
-
-
-# --- Normal form ----------------------------------------------------------------------------------
-
-NESTED = 0x8000
-_VOLATILE = {"lookup": {4}, "counter": {1, 2}}  # a number of the transaction; what was counted
-_MEANT = {"lookup": {3}}  # zero is the register of the verdict, absent is no register at all
-
-Form = tuple[tuple[str, tuple[tuple[int, bytes], ...]], ...]
-
-
-def normal_form(expressions: bytes) -> Form:
-    """Return what is the same for the expressions of a rule and for the kernel's dump of them.
-
-    The kernel adds attributes that are zero unless asked for, such as the flags of a lookup, and
-    has an order of its own. So attributes are sorted, and those that are zero are left out. The
-    name of an anonymous map is empty: compare its elements.
-    """
-    return tuple(_normal_expression(body) for _, body in attributes(expressions, 0))
-
-
-def _normal_expression(body: bytes) -> tuple[str, tuple[tuple[int, bytes], ...]]:
-    parts = dict(plain_attributes(body))
-    name = parts[1].rstrip(b"\0").decode()
-    kept = sorted(
-        (kind, b"" if is_anonymous(name, kind, value) else value)
-        for kind, value in plain_attributes(parts.get(2, b""))
-        if kind not in _VOLATILE.get(name, ()) and (any(value) or kind in _MEANT.get(name, ()))
-    )
-    return name, tuple(kept)
-
-
-def is_anonymous(expression: str, kind: int, value: bytes) -> bool:
-    """Say whether this attribute is the name of a map that exists for one rule only."""
-    return expression == "lookup" and kind == 1 and value.startswith(b"__")
-
-
-def plain_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield attributes without the flag that some have for containing others."""
-    for kind, value in attributes(data, 0):
-        yield kind & ~NESTED, value

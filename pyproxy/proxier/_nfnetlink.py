@@ -23,7 +23,8 @@ from pyproxy.proxier._netlink import (
     SOL_NETLINK,
     aligned,
 )
-from pyproxy.proxier._nfexpr import normal_form, plain_attributes, string
+from pyproxy.proxier._nfexpr import string
+from pyproxy.proxier._nfform import normal_form, plain_attributes
 from pyproxy.proxier._nfpack import (
     GETCHAIN,
     GETGEN,

@@ -12,16 +12,14 @@ from pyproxy.proxier._nfexpr import (
     LIST_ELEM,
     NFPROTO,
     NFPROTO_BRIDGE,
-    Form,
     host32,
-    normal_form,
-    plain_attributes,
     statement_expressions,
     string,
     u32,
     value_data,
     verdict_data,
 )
+from pyproxy.proxier._nfform import Form, normal_form, plain_attributes
 from pyproxy.rules.nft import (
     DYNAMIC_SIZE,
     Chain,

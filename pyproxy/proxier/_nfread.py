@@ -15,9 +15,8 @@ from pyproxy.proxier._nfexpr import (
     VERDICT_CHAIN,
     VERDICT_CODE,
     VERDICTS,
-    is_anonymous,
-    plain_attributes,
 )
+from pyproxy.proxier._nfform import is_anonymous, plain_attributes
 from pyproxy.proxier._nfpack import HOOKS, uniform_template
 from pyproxy.rules.nft import Chain, Element, Hook, HookType, Verdict, VerdictKind
 
