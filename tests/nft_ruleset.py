@@ -20,6 +20,7 @@ from pyproxy.rules.nft import (
     MatchProto,
     MatchSet,
     MatchState,
+    MatchSyn,
     MatchTransparent,
     Pick,
     PickVerdict,
@@ -193,6 +194,7 @@ def filter_rules(addresses):
     yield "local-6-3", MatchLocal("saddr"), Verdict("goto", "pick-10-masq"), ""
     yield "local-6-3", Verdict("goto", "pick-local-10"), ""
     yield "local-6-0", Verdict("drop"), ""
+    yield "refuse", MatchProto("TCP"), MatchSyn(), Reject(reset=True), ""
     yield "refuse", Reject(), ""
     cluster_ip = MatchSet(("daddr",), "cluster-ips")
     yield "cluster-ips-check", cluster_ip, Reject(), "port not of the Service"

@@ -162,12 +162,13 @@ class Dial:
     def _call(self, backend: SocketType, action: Forward, address: Address, now: float) -> int:
         """Connect, as the client if it keeps its address; return the error."""
         transparent = self._relay.transparent
-        self._is_dressed = transparent is not None and transparent.keeps(
-            action, self._ip, address, now
-        )
-        if self._is_dressed:
+        guise = None
+        if transparent is not None:
+            guise = transparent.guise(action, self._ip, address, now)
+        self._is_dressed = guise is not None
+        if guise is not None:
             try:
-                dress(backend, self._ip)
+                dress(backend, guise)
             except OSError as error:
                 return error.errno or EINVAL
         return called(backend, address)

@@ -5,10 +5,10 @@ fields follow each other as in a set's key, and what a number is hashed from lie
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from pyproxy.model import Address, Family
-from pyproxy.proxier._netlink import attribute, attributes
+from pyproxy.proxier._netlink import attribute
 from pyproxy.rules.nft import (
     PROTO_NUMBERS,
     AddressMatch,
@@ -18,26 +18,36 @@ from pyproxy.rules.nft import (
     Dnat,
     DnatPick,
     Ending,
+    EtherField,
     Field,
+    FrameChange,
+    FrameMatch,
     Masquerade,
     MatchDnat,
+    MatchFamily,
+    MatchFragment,
     MatchInput,
     MatchLocal,
     MatchMark,
     MatchNetwork,
+    MatchPriority,
     MatchProto,
     MatchSet,
     MatchState,
+    MatchSyn,
     MatchTransparent,
     Pick,
     PickVerdict,
+    Readdress,
     Reject,
     SetMark,
     StateMatch,
     Statement,
     Table,
+    TakeFrame,
     ToggleMark,
     Tproxy,
+    UpdateMap,
     UpdateSet,
     Verdict,
     VerdictKind,
@@ -47,6 +57,7 @@ from pyproxy.rules.nft import (
 )
 
 NFPROTO: dict[Family, int] = {4: 2, 6: 10}
+NFPROTO_BRIDGE = 7
 
 LIST_ELEM = 1
 DATA_VALUE, DATA_VERDICT = 1, 2
@@ -54,8 +65,18 @@ VERDICT_CODE, VERDICT_CHAIN = 1, 2
 VERDICTS: dict[VerdictKind, int] = {"drop": 0, "accept": 1, "jump": -3, "goto": -4, "return": -5}
 
 EQUAL, NOT_EQUAL = 0, 1
-NETWORK_HEADER, TRANSPORT_HEADER = 1, 2
-META_MARK, META_IIFNAME, META_L4PROTO = 3, 6, 16
+LINK_HEADER, NETWORK_HEADER, TRANSPORT_HEADER = 0, 1, 2
+META_PROTOCOL, META_PRIORITY, META_MARK, META_IIFNAME = 1, 2, 3, 6
+META_L4PROTO, META_PKTTYPE = 16, 19
+PACKET_HOST = 0
+ETHERTYPE: dict[Family, bytes] = {4: b"\x08\x00", 6: b"\x86\xdd"}
+ETHER_AT: dict[EtherField, int] = {"ether daddr": 0, "ether saddr": 6}
+ETHER_LENGTH = 6
+IPPROTO_FRAGMENT = 44
+FRAGMENT_AT: dict[Family, int] = {4: 6, 6: 42}  # its offset and flags
+FRAGMENT_OFFSET: dict[Family, int] = {4: 0x1FFF, 6: 0xFFF8}
+MORE_FRAGMENTS: dict[Family, int] = {4: 0x2000, 6: 0x0001}
+TCP_FLAGS_AT, SYN, ACK = 13, 0x02, 0x10
 CT_STATE, CT_STATUS = 0, 2
 SOCKET_TRANSPARENT = 0
 CT_STATES: dict[CtState, int] = {"invalid": 1, "new": 8}
@@ -73,9 +94,10 @@ UPDATE = 1
 ANONYMOUS_MAP = "__map%d"  # the kernel puts the number in
 
 _ADDRESS_AT: dict[Family, dict[str, int]] = {
-    4: {"saddr": 12, "daddr": 16},
-    6: {"saddr": 8, "daddr": 24},
+    4: {"saddr": 12, "daddr": 16, "id": 4},
+    6: {"saddr": 8, "daddr": 24, "id": 44},  # of the fragment header, if it is the first
 }
+_PORT_AT: dict[Field, int] = {"sport": 0, "dport": 2}
 _ALL_BITS = 0xFFFFFFFF
 
 u32 = struct.Struct(">I").pack
@@ -90,7 +112,18 @@ def statement_expressions(table: Table, statement: Statement, map_id: int) -> by
     match statement:
         case MatchNetwork() | MatchSet() | MatchInput() | MatchLocal():
             return _address_match(table, statement)
-        case MatchState() | MatchDnat() | MatchMark() | MatchProto() | MatchTransparent():
+        case MatchFamily() | MatchPriority() | MatchFragment():
+            return _frame_match(table, statement)
+        case UpdateMap() | Readdress() | TakeFrame():
+            return _frame_change(table, statement)
+        case (
+            MatchState()
+            | MatchDnat()
+            | MatchMark()
+            | MatchProto()
+            | MatchTransparent()
+            | MatchSyn()
+        ):
             return _state_match(statement)
         case SetMark() | ToggleMark() | Dnat() | DnatPick() | UpdateSet():
             return _change(table, statement)
@@ -140,6 +173,47 @@ def _state_match(statement: StateMatch) -> bytes:
         case MatchTransparent():
             load = _numbers("socket", {1: SOCKET_TRANSPARENT, 2: register(0)})
             return load + _compare(bytes([1]))
+        case MatchSyn():
+            load = _load_bytes(TRANSPORT_HEADER, TCP_FLAGS_AT, 1)
+            return load + _masked(SYN | ACK, 1) + _compare(bytes([SYN]))
+
+
+def _frame_match(table: Table, statement: FrameMatch) -> bytes:
+    match statement:
+        case MatchFamily():
+            return _meta_load(META_PROTOCOL, 0) + _compare(ETHERTYPE[table.family])
+        case MatchPriority(priority):
+            return _meta_load(META_PRIORITY, 0) + _compare(host32(priority))
+        case MatchFragment(place):
+            load = _load_bytes(NETWORK_HEADER, FRAGMENT_AT[table.family], 2)
+            if table.family == 6:
+                is_fragment = _load_bytes(NETWORK_HEADER, 6, 1)
+                load = is_fragment + _compare(bytes([IPPROTO_FRAGMENT])) + load
+            offset, more = FRAGMENT_OFFSET[table.family], MORE_FRAGMENTS[table.family]
+            if place == "later":
+                return load + _masked(offset, 2) + _compare(bytes(2), equal=False)
+            return load + _masked(offset | more, 2) + _compare(more.to_bytes(2, "big"))
+
+
+def _frame_change(table: Table, statement: FrameChange) -> bytes:
+    match statement:
+        case UpdateMap(fields, name, data, seconds):
+            word = sum(_words(table, field) for field in fields)
+            load = _load_all(table, fields) + _load_bytes(
+                LINK_HEADER, ETHER_AT[data], ETHER_LENGTH, word
+            )
+            numbers = {3: u32(UPDATE), 4: u32(register(0)), 5: u32(register(word))}
+            timeout = {6: struct.pack(">Q", 1000 * seconds)}
+            return load + _expression("dynset", numbers | timeout, string(1, name))
+        case Readdress(fields, name):
+            numbers = {2: u32(register(0)), 3: u32(register(0))}
+            found = _load_all(table, fields) + _expression("lookup", numbers, string(1, name))
+            at = {2: LINK_HEADER, 3: ETHER_AT["ether daddr"], 4: ETHER_LENGTH}
+            return found + _numbers("payload", {5: register(0), **at, 6: 0, 7: 0, 8: 0})
+        case TakeFrame():
+            host = value_data(2, bytes([PACKET_HOST]))
+            load = _expression("immediate", {1: u32(register(0))}, host)
+            return load + _numbers("meta", {2: META_PKTTYPE, 3: register(0)})
 
 
 def _change(table: Table, statement: Change) -> bytes:
@@ -171,9 +245,9 @@ def _ending(table: Table, statement: Ending, map_id: int) -> bytes:
             return _load_all(table, fields) + _lookup(name, verdict=True)
         case PickVerdict(pick):
             return _pick(table, pick, 0) + _lookup(ANONYMOUS_MAP, verdict=True, set_id=map_id)
-        case Reject():
-            code = bytes([PORT_UNREACHABLE[table.family]])
-            return _expression("reject", {1: u32(0), 2: code})
+        case Reject(reset):
+            code = {} if reset else {2: bytes([PORT_UNREACHABLE[table.family]])}
+            return _expression("reject", {1: u32(int(reset)), **code})
         case Masquerade():
             return _numbers("masq", {1: NAT_FULLY_RANDOM})
         case Tproxy(address):
@@ -236,11 +310,12 @@ def _load(table: Table, field: Field, word: int) -> bytes:
 
 
 def _payload(table: Table, field: Field, word: int, length: int) -> bytes:
-    base, at = (
-        (TRANSPORT_HEADER, 2)
-        if field == "dport"
-        else (NETWORK_HEADER, _ADDRESS_AT[table.family][field])
-    )
+    if field in _PORT_AT:
+        return _load_bytes(TRANSPORT_HEADER, _PORT_AT[field], length, word)
+    return _load_bytes(NETWORK_HEADER, _ADDRESS_AT[table.family][field], length, word)
+
+
+def _load_bytes(base: int, at: int, length: int, word: int = 0) -> bytes:
     return _numbers("payload", {1: register(word), 2: base, 3: at, 4: length})
 
 
@@ -260,6 +335,10 @@ def _change_mark(*, keep: int, toggle: int) -> bytes:
 def _ct_bit(key: int, bit: int) -> bytes:
     load = _numbers("ct", {1: register(0), 2: key})
     return load + _bitwise(host32(bit), bytes(4)) + _compare(bytes(4), equal=False)
+
+
+def _masked(bits: int, length: int) -> bytes:
+    return _bitwise(bits.to_bytes(length, "big"), bytes(length))
 
 
 def _bitwise(mask: bytes, xor: bytes) -> bytes:
@@ -312,44 +391,3 @@ def _nat(table: Table, port_word: int) -> bytes:
     address, port = register(0), register(port_word)
     numbers = {1: NAT_DESTINATION, 2: NFPROTO[table.family], 3: address, 4: address}
     return _numbers("nat", numbers | {5: port, 6: port, 7: NAT_WITH_PORT})
-
-
-# --- Normal form ----------------------------------------------------------------------------------
-
-NESTED = 0x8000
-_VOLATILE = {"lookup": {4}, "counter": {1, 2}}  # a number of the transaction; what was counted
-_MEANT = {"lookup": {3}}  # zero is the register of the verdict, absent is no register at all
-
-Form = tuple[tuple[str, tuple[tuple[int, bytes], ...]], ...]
-
-
-def normal_form(expressions: bytes) -> Form:
-    """Return what is the same for the expressions of a rule and for the kernel's dump of them.
-
-    The kernel adds attributes that are zero unless asked for, such as the flags of a lookup, and
-    has an order of its own. So attributes are sorted, and those that are zero are left out. The
-    name of an anonymous map is empty: compare its elements.
-    """
-    return tuple(_normal_expression(body) for _, body in attributes(expressions, 0))
-
-
-def _normal_expression(body: bytes) -> tuple[str, tuple[tuple[int, bytes], ...]]:
-    parts = dict(plain_attributes(body))
-    name = parts[1].rstrip(b"\0").decode()
-    kept = sorted(
-        (kind, b"" if is_anonymous(name, kind, value) else value)
-        for kind, value in plain_attributes(parts.get(2, b""))
-        if kind not in _VOLATILE.get(name, ()) and (any(value) or kind in _MEANT.get(name, ()))
-    )
-    return name, tuple(kept)
-
-
-def is_anonymous(expression: str, kind: int, value: bytes) -> bool:
-    """Say whether this attribute is the name of a map that exists for one rule only."""
-    return expression == "lookup" and kind == 1 and value.startswith(b"__")
-
-
-def plain_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield attributes without the flag that some have for containing others."""
-    for kind, value in attributes(data, 0):
-        yield kind & ~NESTED, value

@@ -23,7 +23,8 @@ from pyproxy.proxier._netlink import (
     SOL_NETLINK,
     aligned,
 )
-from pyproxy.proxier._nfexpr import NFPROTO, normal_form, plain_attributes, string
+from pyproxy.proxier._nfexpr import string
+from pyproxy.proxier._nfform import normal_form, plain_attributes
 from pyproxy.proxier._nfpack import (
     GETCHAIN,
     GETGEN,
@@ -35,6 +36,7 @@ from pyproxy.proxier._nfpack import (
     RuleForm,
     SetForm,
     get_elements,
+    nfproto,
     normal_set,
     packed_request,
 )
@@ -214,7 +216,7 @@ class NfTables:
         self, message: int, table: Table, body: bytes, *, missing_is_empty: bool = False
     ) -> list[bytes]:
         """Return the attributes of each answer. A dump that a change interrupted begins anew."""
-        request = packed_request(message, NFPROTO[table.family], body, NLM_F_DUMP)
+        request = packed_request(message, nfproto(table), body, NLM_F_DUMP)
         for _attempt in range(DUMP_ATTEMPTS):
             try:
                 bodies, whole = self._dump_once(request)

@@ -11,16 +11,15 @@ from pyproxy.proxier._netlink import HEADER, NLM_F_CREATE, NLM_F_REQUEST, aligne
 from pyproxy.proxier._nfexpr import (
     LIST_ELEM,
     NFPROTO,
-    Form,
+    NFPROTO_BRIDGE,
     host32,
-    normal_form,
-    plain_attributes,
     statement_expressions,
     string,
     u32,
     value_data,
     verdict_data,
 )
+from pyproxy.proxier._nfform import Form, normal_form, plain_attributes
 from pyproxy.rules.nft import (
     DYNAMIC_SIZE,
     Chain,
@@ -63,6 +62,8 @@ TYPE_NUMBERS: dict[TypeName, int] = {  # nft's own: the kernel only keeps them
     "inet_proto": 12,
     "inet_service": 13,
     "slot": 4,
+    "ether_addr": 9,
+    "mark": 19,
 }
 CHUNK = 65_000  # an attribute is at most 65,535 bytes, and all elements of a message are in one
 
@@ -308,6 +309,8 @@ def _field_example(table: Table, kind: TypeName) -> bytes:
             protocol, field = IP_HEADER[table.family]
         case "inet_service":
             protocol, field = TRANSPORT, PORT_FIELD
+        case "ether_addr" | "mark":
+            raise AssertionError("sets with slots have neither")
         case "inet_proto" | "slot":
             return _note(0, host32(META)) + _note(1, _note(0, host32(META_KEYS[kind])))
     where = _note(0, host32(protocol)) + _note(1, host32(field))
@@ -401,7 +404,11 @@ def _packed_verdict(verdict: Verdict) -> bytes:
 
 
 def _request(message: int, table: Table, body: bytes, flags: int = 0) -> bytes:
-    return packed_request(message, NFPROTO[table.family], body, flags)
+    return packed_request(message, nfproto(table), body, flags)
+
+
+def nfproto(table: Table) -> int:
+    return NFPROTO_BRIDGE if table.bridge else NFPROTO[table.family]
 
 
 def packed_request(message: int, nfproto: int, body: bytes, flags: int = 0) -> bytes:

@@ -11,12 +11,12 @@ from pyproxy.proxier._nfexpr import (
     DATA_VALUE,
     DATA_VERDICT,
     NFPROTO,
+    NFPROTO_BRIDGE,
     VERDICT_CHAIN,
     VERDICT_CODE,
     VERDICTS,
-    is_anonymous,
-    plain_attributes,
 )
+from pyproxy.proxier._nfform import is_anonymous, plain_attributes
 from pyproxy.proxier._nfpack import HOOKS, uniform_template
 from pyproxy.rules.nft import Chain, Element, Hook, HookType, Verdict, VerdictKind
 
@@ -82,7 +82,7 @@ def described(request: bytes) -> str:
     """Say which request this is, such as ``new rule in pick-10 of ip pyproxy``."""
     answer = list(answers(request))[-1]
     message = answer.kind & 0xFF
-    family = "ip6" if answer.payload[0] == NFPROTO[6] else "ip"
+    family = {NFPROTO[6]: "ip6", NFPROTO_BRIDGE: "bridge"}.get(answer.payload[0], "ip")
     names = dict(plain_attributes(answer.payload[GENERIC:]))
     table = f"{family} {text_in(names.get(1, b''))}"
     verb, thing = _VERBS[message % 3], _OBJECTS[min(message // 3, len(_OBJECTS) - 1)]

@@ -6,8 +6,9 @@ transparent socket of this node wants, and a routing rule delivers marked packet
 Linux: Documentation/networking/tproxy.rst.
 
 It may only be done where the answers come by this node for certain: the client, or the backend, is
-a pod of this node, and they are not behind the same interface (on one bridge, they would speak to
-each other).
+a pod of this node. If both are behind one bridge, the backend would speak to the client itself, and
+rules inside of the bridge lift its answers (``_lifting``); behind another interface of both, nobody
+could.
 """
 
 import errno
@@ -15,9 +16,12 @@ import logging
 import socket
 import struct
 from collections.abc import Callable
+from math import ceil
 from socket import IPPROTO_IP, IPPROTO_IPV6, SocketType
+from typing import NamedTuple
 
 from pyproxy.model import Address, Family, Forward
+from pyproxy.proxier import _lifting as lifting
 from pyproxy.proxier._netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
@@ -35,7 +39,7 @@ from pyproxy.rules.tproxy import AFTER_DSTNAT
 
 TABLE_NAME = "pyproxy-userspace"
 CHAIN = Chain("prerouting", Hook("filter", "prerouting", AFTER_DSTNAT))
-MARK = 0x2000
+MARK = 0x1000  # 0x2000 is CNI's plugin portmap, 0x4000 and 0x8000 are Kubernetes'
 IP_BIND_ADDRESS_NO_PORT = 24
 ROUTES = 98 << 24 | 1  # a routing table of our own
 RULE_PRIORITY = 97
@@ -50,9 +54,17 @@ ROUTE = struct.Struct("=BBBBBBBBI")
 
 INTERFACE_SECONDS = 10.0  # that an address is taken to be behind the same interface
 INTERFACES_KEPT = 4096
+MARGIN_SECONDS = 10  # that the rules remember a flow of UDP for longer than the relay does
 DISTRUST_SECONDS = 60.0  # for a backend that did not answer the client's address
 
 log = logging.getLogger(__name__)
+
+
+class Guise(NamedTuple):
+    """What a backend shall see."""
+
+    ip: str  # of the client
+    is_bridged: bool  # the backend is on the client's bridge
 
 
 class Transparent:
@@ -63,21 +75,32 @@ class Transparent:
         self._surroundings = surroundings
         self._netlink: Netlink | None = None  # while this is on
         self._interfaces: dict[str, tuple[int, float]] = {}
+        self._bridges: dict[int, tuple[bool, float]] = {}
+        self._lifts: bool | None = None  # None: nobody has asked yet
         self._distrusted: dict[Address, float] = {}
 
     @property
     def is_on(self) -> bool:
         return self._netlink is not None
 
-    def switch_on(self, netlink: Netlink) -> None:
-        """Have answers to clients delivered here; where that cannot be, say so and stay off."""
+    def switch_on(self, netlink: Netlink, udp_seconds: float) -> None:
+        """Have answers to clients delivered here; where that cannot be, say so and stay off.
+
+        A flow of UDP may be silent for ``udp_seconds``.
+        """
         try:
             install(self._family, netlink)
         except (NfError, OSError) as error:
             fields = {"family": self._family, "reason": str(error)}
             log.info("backends will see this node instead of their clients", extra=fields)
-        else:
-            self._netlink = netlink
+            return
+        self._netlink = netlink
+        try:
+            lifting.install(self._family, TABLE_NAME, MARK, ceil(udp_seconds) + MARGIN_SECONDS)
+        except NfError as error:
+            fields = {"family": self._family, "reason": str(error)}
+            log.info("backends on a client's bridge will see this node", extra=fields)
+            self._lifts = False
 
     def join(self, netlink: Netlink) -> None:
         """Rely on what another process has installed."""
@@ -87,18 +110,21 @@ class Transparent:
         """Dress nobody any more. What was installed stays, for who comes next."""
         self._netlink = None
 
-    def keeps(self, action: Forward, ip: str, backend: Address, now: float) -> bool:
-        """Say whether a backend shall see the address of this client."""
+    def guise(self, action: Forward, ip: str, backend: Address, now: float) -> Guise | None:
+        """Return what a backend shall see of this client; None if it is to see this node."""
         if self._netlink is None or action.masquerade or backend.ip == ip:
-            return False
+            return None
         around = self._surroundings()
         if not around.pods or backend.ip in around.node_ips or origin_of(ip, around) == "node":
-            return False
+            return None
         if now < self._distrusted.get(backend, now):
-            return False
+            return None
         near = self._interface(self._netlink, ip, now)
         far = self._interface(self._netlink, backend.ip, now)
-        return 0 != near != far != 0
+        if not near or not far:
+            return None
+        is_bridged = near == far
+        return Guise(ip, is_bridged) if not is_bridged or self._can_lift(near, now) else None
 
     def distrust(self, backend: Address, now: float) -> None:
         """Take note that a backend did not answer a client's address."""
@@ -120,13 +146,31 @@ class Transparent:
         self._interfaces[ip] = (index, now + INTERFACE_SECONDS)
         return index
 
+    def _can_lift(self, index: int, now: float) -> bool:
+        """Say whether an interface is a bridge, and answers inside of bridges are lifted."""
+        if self._lifts is None:
+            self._lifts = lifting.is_installed(self._family, TABLE_NAME)
+        if not self._lifts or self._netlink is None:
+            return False
+        is_bridge, until = self._bridges.get(index, (False, now))
+        if now < until:
+            return is_bridge
+        try:
+            is_bridge = lifting.is_bridge(self._netlink, index)
+        except OSError:
+            is_bridge = False
+        self._bridges[index] = (is_bridge, now + INTERFACE_SECONDS)
+        return is_bridge
 
-def dress(sock: SocketType, ip: str) -> None:
+
+def dress(sock: SocketType, guise: Guise) -> None:
     """Give a socket the address of a client, with a port that is free. Raises ``OSError``."""
     level = IPPROTO_IPV6 if sock.family == socket.AF_INET6 else IPPROTO_IP
     sock.setsockopt(level, OPTIONS["transparent", level], 1)
     sock.setsockopt(IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)  # free towards this backend will do
-    sock.bind((ip, 0))
+    if guise.is_bridged:
+        lifting.announce(sock)
+    sock.bind((guise.ip, 0))
 
 
 def interface_to(family: Family, netlink: Netlink, ip: str) -> int:
@@ -183,10 +227,15 @@ def remove(family: Family) -> str | None:
     except OSError:
         return "; ".join(problems) or None  # a kernel without nf_tables
     try:
-        nf_tables.commit([new_table(nf_table(family)), delete_table(nf_table(family))])
-    except NfError as error:
-        if error.errno not in NO_NF_TABLES:
-            problems.append(str(error))
+        for removal in (
+            [new_table(nf_table(family)), delete_table(nf_table(family))],
+            lifting.removal(family, TABLE_NAME),
+        ):
+            try:
+                nf_tables.commit(removal)
+            except NfError as error:
+                if error.errno not in NO_NF_TABLES:
+                    problems.append(str(error))
     finally:
         nf_tables.close()
     return "; ".join(problems) or None

@@ -13,7 +13,7 @@ from pyproxy.proxier._given import GivenFlow
 from pyproxy.proxier._meter import Meter
 from pyproxy.proxier._poller import IN
 from pyproxy.proxier._sockets import EXHAUSTED, answering, destination, original
-from pyproxy.proxier._transparent import dress
+from pyproxy.proxier._transparent import Guise, dress
 from pyproxy.rules.listeners import Listener, action_for
 from pyproxy.rules.nft import packed_ip
 
@@ -179,7 +179,7 @@ class UdpFront:
         if not isinstance(action, Forward):
             return None
         backend = self.picker.pick(action.pool, peer[0], self.relay.loop.time(), avoid)
-        sock = self._connected(backend, self._name_for(peer[0], action, backend))
+        sock = self._connected(backend, self._guise(peer[0], action, backend))
         if sock is None:
             self.relay.observe("dial_failed")
             return None
@@ -188,14 +188,13 @@ class UdpFront:
         self.relay.observe("forwarded")
         return flow
 
-    def _name_for(self, ip: str, action: Forward, backend: Address) -> str | None:
-        """Return the address that the backend shall see; None for this node's."""
+    def _guise(self, ip: str, action: Forward, backend: Address) -> Guise | None:
         transparent = self.relay.transparent
         if transparent is None:
             return None
-        return ip if transparent.keeps(action, ip, backend, self.relay.loop.time()) else None
+        return transparent.guise(action, ip, backend, self.relay.loop.time())
 
-    def _connected(self, backend: Address, name: str | None) -> SocketType | None:
+    def _connected(self, backend: Address, guise: Guise | None) -> SocketType | None:
         family = socket.AF_INET6 if ":" in backend.ip else socket.AF_INET
         for _ in range(2):
             try:
@@ -206,8 +205,8 @@ class UdpFront:
                     continue
                 return None
             try:
-                if name is not None:
-                    dress(sock, name)
+                if guise is not None:
+                    dress(sock, guise)
                 sock.connect(backend)
             except OSError:
                 sock.close()

@@ -28,6 +28,7 @@ from pyproxy.proxier._fronts import Fronts
 from pyproxy.proxier._given import Given
 from pyproxy.proxier._leftover import ANOTHER_SERVES, END, tell_leftovers
 from pyproxy.proxier._lookup import Unsupported
+from pyproxy.proxier._refusals import Refusals, remove_refusals
 from pyproxy.proxier._socketlb import Balanced
 from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._sockets import Shared
@@ -97,8 +98,10 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
     problems = list(left.values())
     try:
         remove_rules(family)
+        if family == 4:
+            remove_refusals()
     except OSError as error:
-        problems.append(f"cannot remove the rules of the capture: {error.strerror}")
+        problems.append(f"cannot remove rules of nf_tables: {error.strerror}")
     problem = transparent.remove(family)
     return "; ".join([*problems, *([problem] if problem else [])]) or None
 
@@ -145,6 +148,7 @@ class Frontends:
         self._leaving: asyncio.TimerHandle | None = None  # for routes that are still in use
         self._vips: Vips | None = None
         self._bypass: Bypass | None = None
+        self._refusals = Refusals() if env.family == 4 else None  # IPv6 refuses by itself
         env.host.on_change(self._look_around)
 
     @property
@@ -161,9 +165,9 @@ class Frontends:
             self._look_around()
             self._vips = Vips(self._env.family, self._source())
             self._bypass = Bypass(self._env.family, RTPROT_PYPROXY, self._vips.netlink)
-            dresser = self._plane.transparent
+            dresser, timeouts = self._plane.transparent, self._manner.timeouts
             if dresser is not None:
-                dresser.switch_on(self._vips.netlink)
+                dresser.switch_on(self._vips.netlink, max(timeouts.single, timeouts.stream))
             else:
                 transparent.remove(self._env.family)  # of an earlier process
             manner = replace(self._manner, keeps_client=dresser is not None and dresser.is_on)
@@ -206,6 +210,8 @@ class Frontends:
         self._close(delta.removed)
         self._commit()
         await self._crew.flush()
+        if self._refusals is not None:
+            self._refusals.apply(changed, delta.removed, self._around.node_ips)
         if not self._succession.began:
             await self._succession.begin(self._crew)
             await asyncio.to_thread(tell_leftovers, self._env.family, ANOTHER_SERVES)

@@ -19,7 +19,8 @@ HookType = Literal["filter", "nat"]
 HookName = Literal["prerouting", "input", "forward", "output", "postrouting"]
 SetFlag = Literal["interval", "dynamic", "timeout"]
 AddressField = Literal["saddr", "daddr"]
-Field = Literal["saddr", "daddr", "l4proto", "dport"]
+Field = Literal["saddr", "daddr", "l4proto", "sport", "dport", "id"]  # id: of fragments
+EtherField = Literal["ether saddr", "ether daddr"]
 CtState = Literal["new", "invalid"]
 VerdictKind = Literal["goto", "jump", "accept", "drop", "return"]
 PickKind = Literal["random", "turn", "source"]
@@ -27,7 +28,9 @@ PickKind = Literal["random", "turn", "source"]
 # ``slot`` is a number in the host's byte order: which of the endpoints. It has no name among nft's
 # types: a set that has one is declared with ``typeof``, and there it is a processor's number,
 # the only such number that nft 1.0.6 reads and lists. ``mark`` it would list, but not read again.
-TypeName = Literal["ipv4_addr", "ipv6_addr", "inet_proto", "inet_service", "slot"]
+TypeName = Literal[
+    "ipv4_addr", "ipv6_addr", "inet_proto", "inet_service", "slot", "ether_addr", "mark"
+]
 Types = tuple[TypeName, ...]
 Value = str | int
 
@@ -40,6 +43,8 @@ _WIDTHS: dict[TypeName, int] = {
     "inet_proto": 1,
     "inet_service": 2,
     "slot": 4,
+    "ether_addr": 6,
+    "mark": 4,
 }
 _PROTOS: dict[int, Proto] = {number: proto for proto, number in PROTO_NUMBERS.items()}
 _SLOT_KEYS = tuple(number.to_bytes(4, sys.byteorder) for number in range(256))
@@ -52,6 +57,7 @@ class Table(NamedTuple):
     family: Family
     name: str
     comment: str = ""
+    bridge: bool = False  # it sees frames inside of bridges, with packets of the family
 
 
 class Hook(NamedTuple):
@@ -146,6 +152,26 @@ class MatchTransparent(Struct, frozen=True):
     """``socket transparent 1``: a socket that may have others' addresses wants the packet."""
 
 
+class MatchSyn(Struct, frozen=True):
+    """``tcp flags & (syn | ack) == syn``: somebody asks for a connection."""
+
+
+class MatchFamily(Struct, frozen=True):
+    """``meta protocol ip``: the frame carries a packet of the table's family."""
+
+
+class MatchPriority(Struct, frozen=True):
+    """``meta priority 7079:0``: the socket that the packet is from has this priority."""
+
+    priority: int
+
+
+class MatchFragment(Struct, frozen=True):
+    """``ip frag-off & 0x1fff != 0``: the first fragment of several, or one after it."""
+
+    place: Literal["first", "later"]
+
+
 class SetMark(Struct, frozen=True):
     """``meta mark set mark or 0x4000``."""
 
@@ -201,8 +227,30 @@ class UpdateSet(Struct, frozen=True):
     field: AddressField
 
 
+class UpdateMap(Struct, frozen=True):
+    """``update @name { ip saddr timeout 90s : ether saddr }``, or begin its timeout anew."""
+
+    fields: tuple[Field, ...]
+    map: str
+    data: EtherField
+    timeout_seconds: int
+
+
+class Readdress(Struct, frozen=True):
+    """``ether daddr set ip saddr map @name``: to the element's; a frame of none goes on."""
+
+    fields: tuple[Field, ...]
+    map: str
+
+
+class TakeFrame(Struct, frozen=True):
+    """``meta pkttype set host``: this machine wants the frame."""
+
+
 class Reject(Struct, frozen=True):
-    """``reject``: answer that the port is unreachable."""
+    """``reject``: answer that the port is unreachable; or reset, if it is TCP for sure."""
+
+    reset: bool = False
 
 
 class Masquerade(Struct, frozen=True):
@@ -220,10 +268,12 @@ class Counter(Struct, frozen=True):
 
 
 AddressMatch = MatchNetwork | MatchSet | MatchInput | MatchLocal
-StateMatch = MatchState | MatchDnat | MatchMark | MatchProto | MatchTransparent
+StateMatch = MatchState | MatchDnat | MatchMark | MatchProto | MatchTransparent | MatchSyn
+FrameMatch = MatchFamily | MatchPriority | MatchFragment
+FrameChange = UpdateMap | Readdress | TakeFrame
 Change = SetMark | ToggleMark | Dnat | DnatPick | UpdateSet
 Ending = Reject | Masquerade | Tproxy | Counter | VerdictMap | PickVerdict | Verdict
-Statement = AddressMatch | StateMatch | Change | Ending
+Statement = AddressMatch | StateMatch | FrameMatch | FrameChange | Change | Ending
 
 
 class Rule(Struct, frozen=True):
@@ -260,8 +310,10 @@ def field_type(table: Table, field: Field) -> TypeName:
             return "ipv4_addr" if table.family == 4 else "ipv6_addr"
         case "l4proto":
             return "inet_proto"
-        case "dport":
+        case "sport" | "dport":
             return "inet_service"
+        case "id":  # has no type among nft's: these are as wide
+            return "inet_service" if table.family == 4 else "mark"
 
 
 # --- Keys -----------------------------------------------------------------------------------------
@@ -314,7 +366,7 @@ def key_length(types: Types) -> int:
 def key_order(types: Types, key: bytes) -> tuple[int, ...]:
     """Return what sorts keys by the numbers in them."""
     return tuple(
-        int.from_bytes(field, sys.byteorder if kind == "slot" else "big")
+        int.from_bytes(field, sys.byteorder if kind in ("slot", "mark") else "big")
         for kind, field in zip(types, fields_of(types, key), strict=True)
     )
 
@@ -346,8 +398,10 @@ def _packed_value(kind: TypeName, value: Value) -> bytes:
             return _PROTO_KEYS[value] if value in _PROTO_KEYS else bytes([int(value)])
         case "inet_service":
             return int(value).to_bytes(2, "big")
-        case "slot":
+        case "slot" | "mark":
             return packed_slot(int(value))
+        case "ether_addr":
+            return bytes.fromhex(str(value).replace(":", ""))
 
 
 def _unpacked_value(kind: TypeName, data: bytes) -> Value:
@@ -358,8 +412,10 @@ def _unpacked_value(kind: TypeName, data: bytes) -> Value:
             return _PROTOS.get(data[0], data[0])
         case "inet_service":
             return int.from_bytes(data, "big")
-        case "slot":
+        case "slot" | "mark":
             return int.from_bytes(data, sys.byteorder)
+        case "ether_addr":
+            return data.hex(":")
 
 
 def _value_text(kind: TypeName, data: bytes) -> str:

@@ -12,18 +12,25 @@ from pyproxy.rules.nft import (
     Element,
     Ending,
     Field,
+    FrameChange,
+    FrameMatch,
     Masquerade,
     MatchDnat,
+    MatchFamily,
+    MatchFragment,
     MatchInput,
     MatchLocal,
     MatchMark,
     MatchNetwork,
+    MatchPriority,
     MatchProto,
     MatchSet,
     MatchState,
+    MatchSyn,
     MatchTransparent,
     Pick,
     PickVerdict,
+    Readdress,
     Reject,
     Rule,
     Set,
@@ -31,10 +38,12 @@ from pyproxy.rules.nft import (
     StateMatch,
     Statement,
     Table,
+    TakeFrame,
     ToggleMark,
     Tproxy,
     TypeName,
     Types,
+    UpdateMap,
     UpdateSet,
     Verdict,
     VerdictMap,
@@ -55,7 +64,7 @@ def text(
     rules_by_chain: dict[str, list[Rule]] = {}
     for rule in rules:
         rules_by_chain.setdefault(rule.chain, []).append(rule)
-    head = f"table {_ip(table)} {table.name}"
+    head = f"table {'bridge' if table.bridge else _ip(table)} {table.name}"
     blocks = [[f'\tcomment "{clipped(table.comment)}"']] if table.comment else []
     blocks += [list(_set_lines(table, s, elements.get(s.name, ()))) for s in sets]
     blocks += [list(_chain_lines(table, c, rules_by_chain.get(c.name, ()))) for c in chains]
@@ -75,7 +84,18 @@ def statement_text(table: Table, statement: Statement) -> str:
     match statement:
         case MatchNetwork() | MatchSet() | MatchInput() | MatchLocal():
             return _address_match_text(table, statement)
-        case MatchState() | MatchDnat() | MatchMark() | MatchProto() | MatchTransparent():
+        case MatchFamily() | MatchPriority() | MatchFragment():
+            return _frame_match_text(table, statement)
+        case UpdateMap() | Readdress() | TakeFrame():
+            return _frame_change_text(table, statement)
+        case (
+            MatchState()
+            | MatchDnat()
+            | MatchMark()
+            | MatchProto()
+            | MatchTransparent()
+            | MatchSyn()
+        ):
             return _state_match_text(statement)
         case SetMark() | ToggleMark() | Dnat() | DnatPick() | UpdateSet():
             return _change_text(table, statement)
@@ -108,6 +128,33 @@ def _state_match_text(statement: StateMatch) -> str:
             return f"meta l4proto {proto.lower()}"
         case MatchTransparent():
             return "socket transparent 1"
+        case MatchSyn():
+            return "tcp flags & (syn | ack) == syn"
+
+
+def _frame_match_text(table: Table, statement: FrameMatch) -> str:
+    match statement:
+        case MatchFamily():
+            return f"meta protocol {_ip(table)}"
+        case MatchPriority(priority):
+            return f"meta priority {priority >> 16:x}:{priority & 0xFFFF:x}"
+        case MatchFragment(place):
+            at = "ip frag-off" if table.family == 4 else "ip6 nexthdr ipv6-frag @nh,336,16"
+            offset, more = (0x1FFF, 0x2000) if table.family == 4 else (0xFFF8, 0x1)
+            if place == "later":
+                return f"{at} & {offset:#x} != 0x0"
+            return f"{at} & {offset | more:#x} == {more:#x}"
+
+
+def _frame_change_text(table: Table, statement: FrameChange) -> str:
+    match statement:
+        case UpdateMap(fields, name, data, seconds):
+            key = f"{_fields_text(table, fields)} timeout {seconds}s"
+            return f"update @{name} {{ {key} : {data} }}"
+        case Readdress(fields, name):
+            return f"ether daddr set {_fields_text(table, fields)} map @{name}"
+        case TakeFrame():
+            return "meta pkttype set host"
 
 
 def _change_text(table: Table, statement: Change) -> str:
@@ -134,8 +181,8 @@ def _ending_text(table: Table, statement: Ending) -> str:
         case PickVerdict(pick, verdicts):
             choices = ", ".join(f"{i} : {_verdict_text(v)}" for i, v in enumerate(verdicts))
             return f"{_pick_text(table, pick)} vmap {{ {choices} }}"
-        case Reject():
-            return "reject"
+        case Reject(reset):
+            return "reject with tcp reset" if reset else "reject"
         case Masquerade():
             return "masquerade fully-random"
         case Tproxy(address):
@@ -168,8 +215,10 @@ def _field_text(table: Table, field: Field) -> str:
             return f"{_ip(table)} {field}"
         case "l4proto":
             return "meta l4proto"
-        case "dport":
-            return "th dport"
+        case "sport" | "dport":
+            return f"th {field}"
+        case "id":
+            return "ip id" if table.family == 4 else "frag id"
 
 
 def _ip(table: Table) -> str:
@@ -237,6 +286,10 @@ def _example_text(table: Table, kind: TypeName) -> str:
             return _field_text(table, "dport")
         case "slot":
             return "meta cpu"
+        case "ether_addr":
+            return "ether daddr"
+        case "mark":
+            return "meta mark"
 
 
 def element_text(a_set: Set, element: Element) -> str:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pyproxy.proxier import _lifting
 from pyproxy.proxier._nfnetlink import Generations, NfError, NfTables
 from pyproxy.proxier._nfpack import (
     delete_chain,
@@ -364,6 +365,30 @@ def test_flushing_a_chain_leaves_it_empty(filled):
 def test_deleting_a_chain_deletes_its_rules(filled):
     filled.commit([delete_chain(TABLE, "pick"), delete_set(TABLE, "endpoints")])
     assert (filled.chains(TABLE), filled.sets(TABLE)) == ([], {})
+
+
+# --- Inside of bridges ----------------------------------------------------------------------------
+
+
+def test_nft_lists_the_rules_that_lift_answers_out_of_bridges(tables):
+    """It reads none of them: version 1.0.6 fails at an address that is a map's."""
+    _lifting.install(4, "lift", 0x1000, 130)
+    listed = [line.strip() for line in nft("list", "table", "bridge", "lift-4").splitlines()]
+    note, answer = "ip daddr . ip saddr . meta l4proto", "ip saddr . ip daddr . meta l4proto"
+    look = f"ether daddr set {answer} . th sport . th dport map @answers"
+    lift = "meta pkttype set host meta mark set meta mark | 0x00001000"
+    assert [line for line in listed if "@" in line] == [
+        "meta priority 7079:0 update @answers "
+        f"{{ {note} . tcp dport . tcp sport timeout 1m30s : ether saddr }}",
+        "meta priority 7079:0 update @answers "
+        f"{{ {note} . udp dport . udp sport timeout 2m10s : ether saddr }}",
+        f"{look} {lift} update @answers "
+        f"{{ {answer} . udp sport . udp dport timeout 2m10s : ether daddr }}",
+        f"ip frag-off & 16383 == 8192 {look} update @fragments "
+        "{ ip saddr . ip daddr . ip id timeout 5s : ether daddr }",
+        "ip frag-off & 8191 != 0 ether daddr set "
+        f"ip saddr . ip daddr . ip id map @fragments {lift}",
+    ]
 
 
 # --- Generations ----------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
 """Whom backends see: clients and backends in namespaces of their own, this one is the node."""
 
 import asyncio
-import json
 import subprocess
-import sys
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
@@ -13,114 +11,23 @@ from pyproxy.model import Address
 from pyproxy.proxier import _transparent
 from pyproxy.proxier._nfnetlink import NfTables
 from tests.netns.abuse import TRIALS
+from tests.netns.machines import Machine, done, forwards
 from tests.netns.node import proxied
 
 OUTSIDE = {4: "203.0.113.60", 6: "fd00:6e::60"}
 POD = {4: "10.244.1.30", 6: "fd00:10:244::30"}
-GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
 PORT = 8080
 both = pytest.mark.parametrize("family", [4, 6])
-
-WHO = """
-import socket, sys, threading
-ip, port = sys.argv[1], int(sys.argv[2])
-kind = socket.AF_INET6 if ":" in ip else socket.AF_INET
-tcp, udp = socket.socket(kind, socket.SOCK_STREAM), socket.socket(kind, socket.SOCK_DGRAM)
-tcp.bind((ip, port)); tcp.listen(100); udp.bind((ip, port))
-print("ready", flush=True)
-def datagrams():
-    while True:
-        _, peer = udp.recvfrom(100)
-        udp.sendto(peer[0].encode(), peer)
-threading.Thread(target=datagrams, daemon=True).start()
-while True:
-    sock, peer = tcp.accept()
-    sock.sendall(peer[0].encode())
-    sock.close()
-"""
-ASK = """
-import collections, json, socket, sys
-ip, port, kind, count = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-seen = collections.Counter()
-for _ in range(count):
-    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM if kind == "TCP" else socket.SOCK_DGRAM)
-    sock.settimeout(3)
-    try:
-        sock.connect((ip, port))
-        sock.send(b"?")
-        seen[sock.recv(100).decode()] += 1
-    except OSError as error:
-        seen[str(error)] += 1
-    sock.close()
-print(json.dumps(seen))
-"""
-
-
-class Machine:
-    """A namespace behind an interface of this one."""
-
-    def __init__(self, stack, name, addresses):
-        command = ["unshare", "--net", "sh", "-c", "echo; exec sleep 1000"]
-        process = stack.enter_context(started(command))
-        self._pid = str(process.pid)
-        done("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", self._pid)
-        stack.callback(done, "ip", "link", "del", name)
-        done("ip", "link", "set", name, "up")
-        done("ip", "addr", "add", f"{GATEWAY[4]}/32", "dev", name)
-        done("ip", "addr", "add", f"{GATEWAY[6]}/64", "dev", name, "nodad")
-        self.run("ip", "link", "set", "lo", "up")
-        self.run("ip", "link", "set", "eth0", "up")
-        for family, ip in addresses.items():
-            flags = ["nodad"] if family == 6 else []
-            self.run("ip", "addr", "add", ip, "dev", "eth0", *flags)
-            gateway = [GATEWAY[family], "dev", "eth0"]
-            if family == 4:
-                self.run("ip", "route", "add", *gateway, "scope", "link")
-            self.run("ip", f"-{family}", "route", "add", "default", "via", *gateway)
-            done("ip", f"-{family}", "route", "add", ip, "dev", name)
-
-    def command(self, *words):
-        return ["nsenter", "-t", self._pid, "-n", *words]
-
-    def run(self, *words):
-        done(*self.command(*words))
-
-    async def asks(self, ip, port=80, *, kind="TCP", count=1):
-        words = self.command(sys.executable, "-c", ASK, ip, str(port), kind, str(count))
-        process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
-        answer, _ = await process.communicate()
-        return json.loads(answer)
-
-
-@contextmanager
-def started(command):
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        process.stdout.readline()
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def done(*command):
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    _, said = process.communicate()
-    assert process.returncode == 0, (command, said)
 
 
 @pytest.fixture
 def machines():
     with ExitStack() as stack:
-        for name in ("ipv4.ip_forward", "ipv6.conf.all.forwarding"):
-            done("sysctl", "-qw", f"net.{name}=1")
+        forwards()
         outside = Machine(stack, "v-out", OUTSIDE)
         pod = Machine(stack, "v-pod", POD)
         for ip in POD.values():
-            words = pod.command(sys.executable, "-c", WHO, ip, str(PORT))
-            stack.enter_context(started(words))
+            stack.enter_context(pod.answers(ip, PORT))
         yield outside, pod
 
 
@@ -167,13 +74,34 @@ async def test_what_passes_through_to_the_number_of_a_node_port_is_left_alone(
     family, proto, machines
 ):
     outside, pod = machines
-    words = outside.command(sys.executable, "-c", WHO, OUTSIDE[family], "30080")
     async with served(family, proto) as (node, _vip):
         await node.service("ports", 2, proto=proto, type="NodePort", node_port=30080)
         await node.endpoints("ports", Address(POD[family], PORT), proto=proto)
-        with started(words):
+        with outside.answers(OUTSIDE[family], 30080):
             seen = await pod.asks(OUTSIDE[family], 30080, kind=proto, count=TRIALS)
         assert seen == {POD[family]: TRIALS}
+
+
+PORTMAP = """table ip portmap {
+  chain prerouting {
+    type filter hook prerouting priority -100
+    meta mark set meta mark | 0x2000
+  }
+}
+"""
+
+
+async def test_packets_that_a_port_mapping_of_the_cni_has_marked_go_their_way(machines, tmp_path):
+    """Plugin portmap of CNI's marks with 0x2000 what it is to masquerade."""
+    outside, _pod = machines
+    rules = tmp_path / "portmap.nft"
+    rules.write_text(PORTMAP)
+    async with served(4):
+        await asyncio.to_thread(done, "nft", "-f", str(rules))
+        try:
+            assert await outside.asks(POD[4], PORT) == {OUTSIDE[4]: 1}
+        finally:
+            await asyncio.to_thread(done, "nft", "delete", "table", "ip", "portmap")
 
 
 async def test_nothing_is_left_of_it_when_the_mode_is_cleared():
@@ -189,4 +117,4 @@ def rules_there():
         chains = nf_tables.chains(_transparent.nf_table(4))
     finally:
         nf_tables.close()
-    return "fwmark 0x2000/0x2000" in listed, _transparent.CHAIN.name in {c.name for c in chains}
+    return "fwmark 0x1000/0x1000" in listed, _transparent.CHAIN.name in {c.name for c in chains}

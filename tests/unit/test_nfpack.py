@@ -2,7 +2,8 @@ import struct
 
 import pytest
 
-from pyproxy.proxier._nfexpr import normal_form, plain_attributes, register
+from pyproxy.proxier._nfexpr import register
+from pyproxy.proxier._nfform import normal_form, plain_attributes
 from pyproxy.proxier._nfpack import (
     CHUNK,
     delete_elements,
