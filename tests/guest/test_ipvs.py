@@ -39,7 +39,8 @@ SCHEDULERS = ("rr", "wrr", "lc", "wlc", "sh", "dh", "mh", "sed", "nq")
 PROTOS = ("TCP", "UDP", "SCTP")
 PATIENCE_SECONDS = 60.0
 TRACKS = (  # connections are tracked where a rule asks for it
-    "table inet tracks { chain c { type filter hook input priority 0; ct state invalid counter; }; }"
+    "table inet tracks { chain c {"
+    " type filter hook input priority 0; ct state invalid counter; }; }"
 )
 BALANCED = {4: "198.18.0.7", 6: "fd00:198:18::7"}
 
