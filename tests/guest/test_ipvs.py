@@ -38,6 +38,10 @@ pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])
 SCHEDULERS = ("rr", "wrr", "lc", "wlc", "sh", "dh", "mh", "sed", "nq")
 PROTOS = ("TCP", "UDP", "SCTP")
 PATIENCE_SECONDS = 60.0
+TRACKS = (  # connections are tracked where a rule asks for it
+    "table inet tracks { chain c {"
+    " type filter hook input priority 0; ct state invalid counter; }; }"
+)
 BALANCED = {4: "198.18.0.7", 6: "fd00:198:18::7"}
 
 
@@ -343,6 +347,7 @@ async def test_what_kube_proxy_left_stays_while_it_has_connections(family, ipvs,
 
 async def test_flows_of_udp_are_forgotten_with_their_server(family, ipvs, kube_ipvs):
     """Else they would go where no server is any more, for as long as their client talks."""
+    output_of("nft", "-f", "-", text=TRACKS)
     dns = Frontend(VIP[family].format(9), 53, "UDP")
     place, backend = Address(dns.ip, dns.port), Address(POD[family]["b"], lab.PORT)
     assert not [told for told in load("ipvs").prepare(Config()) if "net.ipv4.vs" in told]
@@ -354,6 +359,7 @@ async def test_flows_of_udp_are_forgotten_with_their_server(family, ipvs, kube_i
     assert len(list(Conntrack(family).flows([dns]))) == 1
     assert in_use(family, ()) == frozenset()
     assert list(Conntrack(family).flows([dns])) == []
+    output_of("nft", "delete", "table", "inet", "tracks")
     assert not ipvs.servers(ours=False)
     assert await load("ipvs").cleanup(family, Config()) is None
 
