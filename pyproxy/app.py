@@ -229,9 +229,12 @@ class App:
             running.create_task(ports.keep(self._synced), name="health ports")
             running.create_task(self._settle(), name="settle")
             if period := self._settings.config.programmed_annotation_period_seconds:
-                current = partial(text_of, self._settings.config.mode, self._lanes)
-                announcing = keep_announcing(current, self._feed.annotate, period, Random().random)
-                running.create_task(announcing, name="announce")
+                running.create_task(self._announce(period), name="announce")
+
+    async def _announce(self, period: float) -> None:
+        await self.settled()
+        current = partial(text_of, self._settings.config.mode, self._lanes)
+        await keep_announcing(current, self._feed.annotate, period, Random().random)
 
     async def _look_around(self) -> None:
         """Tell what is wrong with this node, where that is seen at a glance."""
