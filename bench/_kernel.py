@@ -11,7 +11,7 @@ from time import perf_counter
 from bench._cluster import NODE_IP, PORT
 from pyproxy.model import Frontend
 from pyproxy.proxier._conntrack import Conntrack
-from pyproxy.proxier._nfexpr import plain_attributes
+from pyproxy.proxier._nfform import plain_attributes
 from pyproxy.proxier._nfnetlink import (
     NETLINK_ADD_MEMBERSHIP,
     NETLINK_NETFILTER,
