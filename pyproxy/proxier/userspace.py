@@ -111,9 +111,7 @@ async def watch(frontends: "Frontends", env: Env) -> None:
     period, _ = sync_periods(env.config, "userspace")
     while True:
         await asyncio.sleep(period)
-        lost = frontends.lost_routes()
-        if lost:
-            env.drifted("local", lost, "somebody")
+        if frontends.lost_routes():
             env.resync()
 
 
@@ -176,9 +174,11 @@ class Frontends:
             env = self._env
             self._crew.start(workers, env.tasks, self._place, manner, env.config.logging)
         try:
-            self._local = self._vips.listed()
+            before, self._local = self._local, self._vips.listed()
         except OSError as error:
             raise ApplyError(f"cannot list local routes: {error.strerror}") from error
+        if lost := before - self._local:
+            self._env.drifted("local", len(lost), "somebody")
         return self._fronts.listeners()
 
     async def apply(self, delta: Delta[Frontend, Listener]) -> Mapping[Frontend, str]:
