@@ -188,7 +188,9 @@ async def staged(lab, folder, mode):
     stage.manifests.mkdir()
     demo = Demo(lab, stage.manifests, mode, lambda line: None, Look())
     (stage.manifests / "extra.yaml").write_text(EXTRA)
-    flags = ("--service-metrics=endpoint", "--control-socket", str(stage.socket))
+    # By itself it looks at nothing: else it might mend what a test has broken before that is asked.
+    calm = "--iptables-sync-period=1h"
+    flags = ("--service-metrics=endpoint", calm, "--control-socket", str(stage.socket))
     program = (sys.executable, "-m", "pyproxy", "run", *flags)
     async with demo.on_stage(stage.log, program, START_SECONDS):
         yield stage
