@@ -14,7 +14,7 @@ from pyproxy.counters import NOTHING, Counts
 from pyproxy.model import Family, Frontend, Route
 from pyproxy.proxier._lookup import Lookup, Unsupported
 from pyproxy.proxier._sockets import Shared, doors
-from pyproxy.proxier._tproxy import ByRules, why_no_rules
+from pyproxy.proxier._tproxy import TRIAL, ByRules
 from pyproxy.proxier._way import Capture
 from pyproxy.rules.capture import PASS, audible, entry
 from pyproxy.rules.listeners import Surroundings
@@ -140,11 +140,9 @@ WAYS: dict[str, Callable[[Family, Sequence[Shared], int], Capture]] = {
 
 
 def why_not(name: str) -> str | None:
-    """Say why this node cannot capture so; None if it can."""
-    if name == "tproxy":
-        return why_no_rules()
+    """Say why this node cannot capture so, by a trial that stays for a moment; None if it can."""
     try:
-        trial = WAYS[name](4, (), 1)
+        trial = ByRules(4, table=TRIAL) if name == "tproxy" else WAYS[name](4, (), 1)
     except Unsupported as why:
         return str(why)
     try:

@@ -259,7 +259,7 @@ class Crew:
         if self._admits:
             fronts = self._plane.fronts
             fronts.leave_to_others(fronts.capture.doors[member.number - 1])
-            member.tell(Admit(), self._plane.fronts.capture.kept)
+            member.tell(Admit(), fronts.capture.kept)
         if self.is_complete:
             self._settled.set()
 

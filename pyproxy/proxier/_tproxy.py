@@ -169,21 +169,6 @@ class ByRules:
         return messages
 
 
-def why_no_rules() -> str | None:
-    """Say why this node cannot capture so, by a table that stays for a moment."""
-    try:
-        trial = ByRules(4, table=TRIAL)
-    except Unsupported as why:
-        return str(why)
-    try:
-        trial.commit()
-    except OSError as error:
-        return str(error.strerror)
-    finally:
-        trial.close()
-    return None
-
-
 def remove_rules(family: Family) -> None:
     """Remove what an earlier process left. Raises ``OSError``."""
     try:

@@ -111,7 +111,7 @@ async def watch(frontends: "Frontends", env: Env) -> None:
     period, _ = sync_periods(env.config, "userspace")
     while True:
         await asyncio.sleep(period)
-        if frontends.lost_routes():
+        if frontends.has_lost_routes():
             env.resync()
 
 
@@ -217,14 +217,14 @@ class Frontends:
             await asyncio.to_thread(tell_leftovers, self._env.family, ANOTHER_SERVES)
         return refused
 
-    def lost_routes(self) -> int:
-        """Return how many of our routes others removed; none where nobody can tell."""
+    def has_lost_routes(self) -> bool:
+        """Say whether others removed routes of ours; no, where nobody can tell."""
         if self._vips is None:
-            return 0
+            return False
         try:
-            return len(self._local - self._vips.listed())
+            return not self._local <= self._vips.listed()
         except OSError:
-            return 0  # the next sync will say so
+            return False  # the next sync will say so
 
     async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
         """Look at our sockets, and at the kernel's local routes. Raises ``ApplyError``."""
