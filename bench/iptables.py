@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from msgspec import structs
+
 from bench._cluster import NODE_IP, PORT, TARGET_PORT, Cluster, service_name
 from bench._kernel import first_packet_us
 from bench._lab import isolate, make_network
@@ -137,8 +139,9 @@ def rounded(figures: Figures) -> dict[str, float]:
 
 
 async def with_pyproxy(tables: Iptables, cluster: Cluster, ips: list[str]) -> Figures:
-    target = IpTarget(tables, lambda: RULESET)
-    carrier = Reconciler("iptables", 4, partial(compile_owner, RULESET), target, SystemClock())
+    ruleset = structs.replace(RULESET, commented=tables.programs.flavour != "legacy")
+    target = IpTarget(tables, lambda: ruleset)
+    carrier = Reconciler("iptables", 4, partial(compile_owner, ruleset), target, SystemClock())
     plan = Plan()
     for number in range(cluster.services):
         port = port_plan(cluster, number)
@@ -159,17 +162,17 @@ async def with_pyproxy(tables: Iptables, cluster: Cluster, ips: list[str]) -> Fi
         changes.append(perf_counter() - started_at)
     await target.aclose()
     packet_us = first_packet_us(ips)
-    return Figures(await restoring(tables, plan), full, median(changes), packet_us)
+    return Figures(await restoring(tables, ruleset, plan), full, median(changes), packet_us)
 
 
-async def restoring(tables: Iptables, plan: Plan) -> float:
+async def restoring(tables: Iptables, ruleset: Ruleset, plan: Plan) -> float:
     """Return how long the program takes for all rules, as kube-proxy's are restored."""
     await remove_chains(tables)
     items: Items = {}
     for port in plan.ports.values():
-        items |= compile_owner(RULESET, port, {})
-    lines = [line.text for line in rewritten(chains_of(RULESET, items))]
-    await tables.restore(founded({}, fixed_chains(RULESET), JUMPS))
+        items |= compile_owner(ruleset, port, {})
+    lines = [line.text for line in rewritten(chains_of(ruleset, items))]
+    await tables.restore(founded({}, fixed_chains(ruleset), JUMPS))
     started_at = perf_counter()
     await restored(tables, lines)
     return perf_counter() - started_at

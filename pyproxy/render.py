@@ -83,6 +83,7 @@ class Settings(Struct, frozen=True):
     config: Config = Config()
     families: tuple[Family, ...] = FAMILIES
     own_ips: frozenset[str] | None = None  # of the node's interfaces; None: those of its Node
+    commented: bool = True  # as rules of iptables are, but in flavour legacy
 
 
 class Scene(NamedTuple):
@@ -94,6 +95,7 @@ class Scene(NamedTuple):
     node: Node
     service_cidrs: tuple[str, ...]
     own_ips: frozenset[str]  # of the node, in this family
+    commented: bool
 
 
 class ListenerRow(NamedTuple):
@@ -243,6 +245,7 @@ def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]
             node,
             tuple(sorted(cidrs)),
             frozenset(ip for ip in own if family_of(ip) == family),
+            settings.commented,
         )
         for family in settings.families
     )
@@ -323,6 +326,7 @@ def iptables_ruleset(scene: Scene) -> iptables.Ruleset:
         masquerade_all=masquerade_all(config, "iptables"),
         node_port_ips=None if ranges is None else serving(scene, ranges),
         localhost_node_ports=localhost,
+        commented=scene.commented,
     )
 
 

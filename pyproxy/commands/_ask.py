@@ -92,6 +92,7 @@ class Files:
 
     def __init__(self, objects: Objects, config: Config, mode: str, node: str) -> None:
         self.own_ips: frozenset[str] | None = None  # of the node, where they are known
+        self.commented = True  # as rules of iptables are on the node, where that is known
         self.objects = objects
         self.config = config
         self.view = view_of(objects, config, mode, node, FAMILIES)
@@ -113,7 +114,9 @@ class Files:
     def _entries(self) -> Entries:
         from pyproxy.render import Settings, entries_of
 
-        settings = Settings(self.view.node, self.config, own_ips=self.own_ips)
+        settings = Settings(
+            self.view.node, self.config, own_ips=self.own_ips, commented=self.commented
+        )
         return entries_of(self.view.mode, self.objects, settings)
 
 

@@ -35,6 +35,7 @@ from pyproxy.comparison import (
 from pyproxy.host import Host
 from pyproxy.listing import Endpoints, Routes
 from pyproxy.planned import Plans
+from pyproxy.proxier._flavour import chosen_flavour
 from pyproxy.proxier._kubeipvs import DEVICE
 from pyproxy.settings import SettingsError
 from pyproxy.written import Entries, Verification, VerifiedFamily
@@ -98,6 +99,7 @@ def of_plan(own: argparse.Namespace, after: Files) -> int:
     before: Source = Daemon(own.options.control_socket)
     if not own.against:
         after.own_ips = asyncio.run(own_ips())
+        after.commented = after.view.mode != "iptables" or chosen_flavour() != "legacy"
     else:
         view = after.view
         objects = of_files(own.against, view.node, own.options.service_cidr, after.config)

@@ -23,6 +23,8 @@ from pyproxy.rules.iptables_text import parsed, target_of
 
 Flavour = Literal["nft", "legacy"]
 LOCK_SECONDS = "5"
+# Flavour legacy copies all rules out and in, and touches new memory for it, page by page.
+LARGE_PAGES: Mapping[str, str] = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 TIMEOUT_SECONDS = 300.0
 FEW_LINES = 2000  # to carry out: more take longer than to start the program
 ABSENT = 1  # exit code: there is no such chain
@@ -112,7 +114,8 @@ class Iptables:
         return await self._once(lines)
 
     async def _once(self, lines: Sequence[str]) -> Failure | None:
-        answer = await run(self._restoring, "\n".join(lines) + "\n")
+        environment = {**LARGE_PAGES, **os.environ}
+        answer = await run(self._restoring, "\n".join(lines) + "\n", environment)
         return Failure(answer.code, answer.error, 0) if answer.code else None
 
     async def arrange(self, lines: Sequence[str]) -> None:
@@ -194,15 +197,18 @@ class LegacyIptables(Iptables):
             return await otherwise()
 
 
-async def run(argv: Sequence[str], text: str = "") -> Answer:
-    """Run a program to its end. Its input is a file in memory: it may read it or not."""
+async def run(argv: Sequence[str], text: str = "", env: Mapping[str, str] | None = None) -> Answer:
+    """Run a program to its end. Its input is a file in memory: it may read it or not.
+
+    Raises ``IptablesError`` if it cannot be started or does not end.
+    """
     pipe = asyncio.subprocess.PIPE
     with os.fdopen(os.memfd_create("input"), "w+b") as stdin:
         stdin.write(text.encode())
         stdin.seek(0)
         try:
             child = await asyncio.create_subprocess_exec(
-                *argv, stdin=stdin, stdout=pipe, stderr=pipe
+                *argv, stdin=stdin, stdout=pipe, stderr=pipe, env=env
             )
         except OSError as error:
             raise IptablesError(argv[0], error.strerror or str(error)) from error

@@ -123,6 +123,7 @@ def ruleset_for(env: Env) -> Ruleset:
         drop_invalid=not is_liberal(),
         random_fully=programs is None or programs.random_fully,
         counted=_nfacct.ensured(),
+        commented=flavour != "legacy",  # it copies all rules at each change: a ninth are comments
     )
 
 

@@ -80,6 +80,7 @@ class Ruleset(Struct, frozen=True):
     drop_invalid: bool = True
     random_fully: bool = True
     counted: bool = False  # by objects of nfacct, which have to be there
+    commented: bool = True  # each Service's chain says whose it is
 
 
 class Pools(NamedTuple):
@@ -99,7 +100,7 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Conten
     items: Items = {}
     for pool in dict.fromkeys((pools.cluster, pools.local)):
         if pool is not None:
-            items |= pool_chains(port.owner, pool, pools.chain(pool))
+            items |= pool_chains(ruleset, port.owner, pool, pools.chain(pool))
             items |= hairpins(port.owner, pool)
     chains = external_chains(port)
     for route in port.routes:
@@ -183,7 +184,7 @@ def forwards(route: Route) -> bool:
     return isinstance(route.from_node, Forward) or isinstance(route.from_outside, Forward)
 
 
-def pool_chains(owner: ServicePortName, pool: Pool, chain: str) -> Items:
+def pool_chains(ruleset: Ruleset, owner: ServicePortName, pool: Pool, chain: str) -> Items:
     """Return the chain that gives a connection a backend, and those of the backends it has."""
     proto = owner.proto.lower()
     items: Items = {}
@@ -201,7 +202,7 @@ def pool_chains(owner: ServicePortName, pool: Pool, chain: str) -> Items:
         dnat = f"-p {proto} -m recent --set {recent} -j DNAT --to-destination {address}"
         items[Item("nat", name)] = (dnat,)
     prefix = f"-p {proto} " if pool.affinity_seconds is None else ""
-    for match, address in picks(pool, owner):
+    for match, address in picks(pool, owner, comment(str(owner)) if ruleset.commented else ""):
         lines.append(f"{prefix}{match}{targets[address]}")
     items[Item("nat", chain)] = tuple(lines)
     return items
@@ -211,11 +212,11 @@ def mask_of(ip: str) -> str:
     return "255.255.255.255" if ":" not in ip else "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
 
 
-def picks(pool: Pool, owner: ServicePortName) -> Iterator[tuple[str, Address]]:
+def picks(pool: Pool, owner: ServicePortName, note: str = "") -> Iterator[tuple[str, Address]]:
     """Yield, for each rule in order, what makes it match its share, and its backend.
 
     Each rule sees only the connections that those before it left. The last one takes all, and
-    has a match of its own: it says whose chain this is, where fewest connections pay for it.
+    has the note: whose chain this is, said where fewest connections pay for it.
     """
     match pool.scheduler:
         case "rr" | "wrr":
@@ -225,7 +226,7 @@ def picks(pool: Pool, owner: ServicePortName) -> Iterator[tuple[str, Address]]:
         case _:
             *matches, last = at_random(pool)
     yield from matches
-    yield comment(str(owner)), last[1]
+    yield note, last[1]
 
 
 def in_turn(pool: Pool) -> Iterator[tuple[str, Address]]:

@@ -1,6 +1,7 @@
 """What a mode has written, in words that two states can be compared by."""
 
 import pytest
+from msgspec import structs
 
 from pyproxy.comparison import EntryChange, entry_changes
 from pyproxy.render import COMPILERS, entries_of
@@ -28,6 +29,14 @@ def test_every_item_of_every_mode_has_words(mode, name):
     for family in found.families:
         names = [(row.kind, row.name) for row in family.entries]
         assert len(set(names)) == len(names), "one name, one content"
+
+
+def test_the_name_of_a_service_may_be_left_out_of_rules_of_iptables():
+    scenario = read(PATHS["cluster-ip"])
+    for commented in (True, False):
+        settings = structs.replace(scenario.settings, commented=commented)
+        found = str(entries_of("iptables", scenario.objects, settings))
+        assert ("--comment" in found) == commented
 
 
 @modes

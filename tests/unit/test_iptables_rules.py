@@ -82,6 +82,11 @@ def test_a_cluster_ip_leads_to_its_endpoints():
     }
 
 
+def test_a_service_is_named_where_names_are_wanted():
+    found = items(endpoint(1), ruleset=structs.replace(RULESET, commented=False))
+    assert chains(found) == {SVC: ("-p tcp -j DNAT --to-destination 10.244.1.1:8080",)}
+
+
 def test_without_endpoints_a_service_is_refused():
     found = items(node_port=30080, load_balancer_ips=(LB,), source_ranges=("198.51.100.0/24",))
     note = '-m comment --comment "default/web has no endpoints"'
@@ -207,12 +212,12 @@ def test_each_backend_has_the_share_of_its_weight(weights):
 
 
 def test_turns_are_counted():
-    found = list(picks(Pool(backends(2, 1), "wrr"), owner()))
+    found = list(picks(Pool(backends(2, 1), "wrr"), owner(), "-m mark "))
     nth = "-m statistic --mode nth --every {} --packet 0 "
     assert found == [
         (nth.format(3), Address("10.0.0.1", 80)),
         (nth.format(2), Address("10.0.0.2", 80)),
-        ('-m comment --comment "default/web" ', Address("10.0.0.1", 80)),
+        ("-m mark ", Address("10.0.0.1", 80)),
     ]
 
 
