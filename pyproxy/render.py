@@ -163,7 +163,8 @@ def rendered(
         for conflicts in scene.plan.conflicts.values()
         for conflict in conflicts
     }
-    return Rendered(RENDERERS[mode](of_families), (*found.notes, *warnings, *conflicts))
+    failed = [f"{owner}: {why}" for s in of_families for owner, why in s.plan.failed.items()]
+    return Rendered(RENDERERS[mode](of_families), (*found.notes, *warnings, *conflicts, *failed))
 
 
 def read(paths: Iterable[str], settings: ManifestSettings) -> Resolved:
