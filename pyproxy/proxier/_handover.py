@@ -50,6 +50,7 @@ class Handover:
         """``retire`` lets nobody in any more; ``surrender`` then lets go of connections."""
         self.done = asyncio.Event()
         self.has_begun = False  # the successor serves
+        self.is_near = False  # a successor has asked for sockets, and has not gone since
         self._path = path
         self._entrances = entrances
         self._retire = retire
@@ -103,6 +104,7 @@ class Handover:
                     return
                 while question := await self._loop.sock_recv(peer, MESSAGE):
                     if question == ASK_SOCKETS:
+                        self.is_near = True
                         # We go on using them ourselves.
                         await send(peer, list(entrance_messages(self._entrances())))
                     elif question == ASK_CONNECTIONS:
@@ -110,6 +112,8 @@ class Handover:
                         return
         except OSError as error:
             log.warning("a successor is gone", extra={"error": str(error)})
+        finally:
+            self.is_near = False
 
     async def _give(self, peer: socket.socket) -> None:
         self.has_begun = True

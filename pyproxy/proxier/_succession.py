@@ -56,6 +56,11 @@ class Succession:
         return self._handover.has_begun
 
     @property
+    def is_near(self) -> bool:
+        """Say whether a successor makes ready, or serves: what is in the kernel may be its."""
+        return self._handover.is_near or self._handover.has_begun
+
+    @property
     def follows(self) -> bool:
         """Say whether there is somebody who serves until now."""
         return bool(self._predecessors)

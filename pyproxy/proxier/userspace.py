@@ -28,12 +28,14 @@ from pyproxy.proxier._fronts import Fronts
 from pyproxy.proxier._given import Given
 from pyproxy.proxier._leftover import ANOTHER_SERVES, END, tell_leftovers
 from pyproxy.proxier._lookup import Unsupported
+from pyproxy.proxier._nfnetlink import NfError
+from pyproxy.proxier._nfwhole import Tabled, differing
 from pyproxy.proxier._refusals import Refusals, remove_refusals
 from pyproxy.proxier._socketlb import Balanced
 from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._sockets import Shared
 from pyproxy.proxier._succession import Succession, meeting_place
-from pyproxy.proxier._tproxy import remove_rules
+from pyproxy.proxier._tproxy import ByRules, remove_rules
 from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
 from pyproxy.proxier._way import Capture
 from pyproxy.reconcile import ApplyError, Difference, Proxier, Reconciler
@@ -107,11 +109,11 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
 
 
 async def watch(frontends: "Frontends", env: Env) -> None:
-    """Have local routes made again that others removed, for ever."""
+    """Have local routes and tables made again that others removed, for ever."""
     period, _ = sync_periods(env.config, "userspace")
     while True:
         await asyncio.sleep(period)
-        if frontends.has_lost_routes():
+        if frontends.has_lost_routes() or await frontends.has_changed_tables():
             env.resync()
 
 
@@ -179,6 +181,7 @@ class Frontends:
             raise ApplyError(f"cannot list local routes: {error.strerror}") from error
         if lost := before - self._local:
             self._env.drifted("local", len(lost), "somebody")
+        await self._renew_tables()
         return self._fronts.listeners()
 
     async def apply(self, delta: Delta[Frontend, Listener]) -> Mapping[Frontend, str]:
@@ -226,8 +229,15 @@ class Frontends:
         except OSError:
             return False  # the next sync will say so
 
+    async def has_changed_tables(self) -> bool:
+        """Say whether others changed tables of ours; no, where nobody can tell."""
+        try:
+            return bool(await self._changed_tables())
+        except ApplyError:
+            return False
+
     async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
-        """Look at our sockets, and at the kernel's local routes. Raises ``ApplyError``."""
+        """Look at our sockets, the kernel's local routes, and our tables. Raises ``ApplyError``."""
         assert self._vips is not None, "what was written was adopted before"
         try:
             listed = self._vips.listed()
@@ -237,7 +247,8 @@ class Frontends:
         held = self._fronts.held()
         missing = self._wanted(f for f in wanted if f in held).keys() - listed
         lost = [Difference(f"local route {vip.ip}", "a route of ours", None) for vip in missing]
-        return (*found, *lost)
+        tables = (await self._changed_tables()).values()
+        return (*found, *lost, *(difference for table in tables for difference in table))
 
     async def counters(self, *, by_endpoint: bool) -> tuple[Entry[Frontend], ...]:
         """Return what our sockets have carried; the kernel balances others without telling.
@@ -303,6 +314,32 @@ class Frontends:
         if self._leaving is not None:
             self._leaving.cancel()
         return given
+
+    def _tabled(self) -> list[Tabled]:
+        """Return who has tables; nobody while they may be a successor's."""
+        if not self._plane.is_open or self._succession.is_near:
+            return []
+        capture = self._fronts.capture
+        by_rules = capture if isinstance(capture, ByRules) else None
+        parts = (by_rules, self._plane.transparent, self._refusals)
+        return [part for part in parts if part is not None]
+
+    async def _changed_tables(self) -> Mapping[str, tuple[Difference, ...]]:
+        """Return how tables are not as they should be, by their names. Raises ``ApplyError``."""
+        tables = [table for part in self._tabled() for table in part.tables()]
+        try:
+            return await asyncio.to_thread(differing, tables) if tables else {}
+        except (NfError, OSError) as error:
+            raise ApplyError(f"cannot list tables: {error}") from error
+
+    async def _renew_tables(self) -> None:
+        """Have tables that others changed made anew. Raises ``ApplyError``."""
+        changed = await self._changed_tables()
+        for table, differences in changed.items():
+            self._env.drifted(table, len(differences), "somebody")
+        for part in self._tabled():
+            if any(whole.table.name in changed for whole in part.tables()):
+                part.renew()
 
     def _commit(self) -> None:
         try:
