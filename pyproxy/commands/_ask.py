@@ -92,6 +92,7 @@ class Files:
 
     def __init__(self, objects: Objects, config: Config, mode: str, node: str) -> None:
         self.own_ips: frozenset[str] | None = None  # of the node, where they are known
+        self.service_cidrs: tuple[str, ...] = ()  # likewise; those of the objects come first
         self.objects = objects
         self.config = config
         self.view = view_of(objects, config, mode, node, FAMILIES)
@@ -113,7 +114,9 @@ class Files:
     def _entries(self) -> Entries:
         from pyproxy.render import Settings, entries_of
 
-        settings = Settings(self.view.node, self.config, own_ips=self.own_ips)
+        settings = Settings(
+            self.view.node, self.config, own_ips=self.own_ips, service_cidrs=self.service_cidrs
+        )
         return entries_of(self.view.mode, self.objects, settings)
 
 

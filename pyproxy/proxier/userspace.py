@@ -83,6 +83,10 @@ def build(env: Env) -> Proxier:
     return Reconciler("userspace", env.family, compile_owner, target, env.clock)
 
 
+def fixed(_env: Env) -> tuple[()]:
+    return ()  # all that there is is for Services
+
+
 async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str | None:
     """Remove what outlives the process: routes, programs and rules. kube-proxy has none of it."""
     if not ours:
