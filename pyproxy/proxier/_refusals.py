@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 
+from pyproxy.counters import Counts
 from pyproxy.model import Frontend
 from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._nfnetlink import NfError, NfTables
@@ -55,6 +56,18 @@ class Refusals:
                 self._complains = False
         else:
             self._known = True
+
+    def counts(self) -> dict[Frontend, Counts]:
+        """Return how many packets were refused here; nothing where nobody can tell."""
+        if not (self._known and self._refused):
+            return {}
+        keys = {refusals.element(frontend).key: frontend for frontend in self._refused}
+        try:
+            with closing(NfTables()) as nf_tables:
+                found = nf_tables.counters(TABLE, NAME)
+        except (NfError, OSError):
+            return {}  # somebody has removed the table
+        return {keys[e.key]: Counts(rejected=e.packets) for e in found if e.key in keys}
 
     def tables(self) -> tuple[Whole, ...]:
         return (whole(self._refused),) if self._known and self._refused else ()

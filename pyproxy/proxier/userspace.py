@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from msgspec.structs import replace
 
 from pyproxy.config import Config, sync_periods, with_setting
-from pyproxy.counters import Entry
+from pyproxy.counters import Entry, total
 from pyproxy.delta import Delta
 from pyproxy.ip import is_loopback
 from pyproxy.model import Family, Frontend, ServicePortName
@@ -261,9 +261,16 @@ class Frontends:
         """
         try:
             entries = await self._crew.entries()
-            return tuple(entry for entry in entries if by_endpoint or entry.endpoint is None)
         except OSError as error:
             raise ApplyError(f"cannot read counters: {error.strerror}") from error
+        refused = self._refusals.counts() if self._refusals is not None else {}
+        return tuple(
+            entry._replace(counts=total((entry.counts, refused[entry.key])))
+            if entry.endpoint is None and entry.key in refused
+            else entry
+            for entry in entries
+            if by_endpoint or entry.endpoint is None
+        )
 
     async def clear(self) -> None:
         """Remove the local routes, also those of an earlier process. Raises ``ApplyError``."""
