@@ -51,7 +51,7 @@ class Handover:
         self.done = asyncio.Event()
         self.has_begun = False  # the successor serves
         self.is_near = False  # a successor has asked for sockets, and has not gone since
-        self._path = path
+        self.path = path
         self._entrances = entrances
         self._retire = retire
         self._surrender = surrender
@@ -65,14 +65,14 @@ class Handover:
 
     def open(self) -> None:
         """Wait from now on, in the place of whoever did before. Raises ``OSError``."""
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
-            new = self._path.with_suffix(f".{os.getpid()}")
+            new = self.path.with_suffix(f".{os.getpid()}")
             new.unlink(missing_ok=True)
             server.bind(str(new))
             server.listen(1)
-            new.rename(self._path)
+            new.rename(self.path)
         except OSError:
             server.close()
             raise
@@ -85,7 +85,7 @@ class Handover:
             self._server.close()
             self._server = None
             if not self.has_begun:  # else it is the successor's
-                self._path.unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
         for task in self._tasks:
             task.cancel()
 

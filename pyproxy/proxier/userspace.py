@@ -26,6 +26,7 @@ from pyproxy.proxier._dataplane import DataPlane, Manner
 from pyproxy.proxier._flow import IdleTimeouts
 from pyproxy.proxier._fronts import Fronts
 from pyproxy.proxier._given import Given
+from pyproxy.proxier._handover import Handover
 from pyproxy.proxier._leftover import ANOTHER_SERVES, END, tell_leftovers
 from pyproxy.proxier._lookup import Unsupported
 from pyproxy.proxier._nfnetlink import NfError
@@ -145,7 +146,9 @@ class Frontends:
         self._workers = max(own.workers, 1)
         self._place = meeting_place(own.runtime_dir, env.family)
         self._succession = Succession(
-            self._place, lambda: self._fronts.entrances(), self._plane.retire, self._surrender
+            Handover(
+                self._place, lambda: self._fronts.entrances(), self._plane.retire, self._surrender
+            )
         )
         self._crew = Crew(self._plane, self._surroundings, env.observe, env.worker_lost)
         self._local: set[Vip] = set()  # what has a route of ours
