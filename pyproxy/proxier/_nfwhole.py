@@ -1,5 +1,6 @@
 """Small tables of nf_tables: each is made whole in one transaction, and looked at as a whole."""
 
+import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple, Protocol
@@ -8,9 +9,9 @@ from msgspec.structs import replace
 
 from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._nfcompare import differing_chains, differing_elements, plain
-from pyproxy.proxier._nfnetlink import NfTables
+from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nfpack import set_form
-from pyproxy.reconcile import Difference
+from pyproxy.reconcile import ApplyError, Difference
 from pyproxy.rules.nft import Chain, Element, Rule, Set, Table
 from pyproxy.rules.nft_affinity import Content
 
@@ -49,6 +50,27 @@ class Tabled(Protocol):
     def renew(self) -> None:
         """Take note that they have: at the latest the end of the sync makes them anew."""
         ...
+
+
+async def changed_tables(parts: Iterable[Tabled]) -> Mapping[str, tuple[Difference, ...]]:
+    """Return how tables are not as they should be, by their names. Raises ``ApplyError``."""
+    tables = [whole for part in parts for whole in part.tables()]
+    try:
+        return await asyncio.to_thread(differing, tables) if tables else {}
+    except (NfError, OSError) as error:
+        raise ApplyError(f"cannot list tables: {error}") from error
+
+
+async def renewed(parts: Sequence[Tabled]) -> Mapping[str, int]:
+    """Have tables that others changed made anew; return how much it was, by their names.
+
+    Raises ``ApplyError``.
+    """
+    found = await changed_tables(parts)
+    for part in parts:
+        if any(whole.table.name in found for whole in part.tables()):
+            part.renew()
+    return {name: len(differences) for name, differences in found.items()}
 
 
 def differing(wholes: Iterable[Whole]) -> dict[str, tuple[Difference, ...]]:
