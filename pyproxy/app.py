@@ -4,10 +4,9 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from functools import partial
 from random import Random
-from typing import Protocol
 
 from msgspec import Struct
 
@@ -30,6 +29,7 @@ from pyproxy.config.file import dump
 from pyproxy.control import Control
 from pyproxy.daemon import Daemon
 from pyproxy.doctor.look import at_start
+from pyproxy.feed import Feed
 from pyproxy.health import Health
 from pyproxy.health_ports import HealthPorts
 from pyproxy.host import Host
@@ -67,26 +67,6 @@ class Fatal(Exception):
 
 class Stopped(Exception):
     """Ends the TaskGroup of everything, as asked."""
-
-
-class Feed(Protocol):
-    """Where objects come from: an API server, or manifests."""
-
-    async def follow(self, on_change: Callable[[Change], None]) -> None:
-        """Tell of all changes, for ever; a ``Replace`` of a kind first."""
-        ...
-
-    async def record(
-        self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None
-    ) -> None:
-        """Record an Event about this node, or about a Service. Failures are logged."""
-        ...
-
-    async def annotate(self, annotations: Mapping[str, str]) -> str | None:
-        """Put annotations on this node's Node; return why that cannot be."""
-        ...
-
-    async def aclose(self) -> None: ...
 
 
 class Settings(Struct, frozen=True):

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import starmap
 from typing import Any, Final
 
 from pyproxy.config import Config, gate, is_beside
@@ -16,7 +17,7 @@ from pyproxy.lane import Lane
 from pyproxy.metrics import Metrics
 from pyproxy.model import Family, Kind, ObjectName
 from pyproxy.plan import Site
-from pyproxy.proxier import Env
+from pyproxy.proxier import Env, load
 from pyproxy.proxier._around import node_port_ips, surroundings
 from pyproxy.reconcile import ApplyError, Proxier, Verified
 from pyproxy.rules.entries import entries
@@ -141,11 +142,12 @@ class Daemon:
 
     async def _written(self, lane: Lane) -> FamilyEntries:
         for _attempt in range(ATTEMPTS):
-            _env, carrier = self._carriers.get(lane.family, (None, None))
+            env, carrier = self._carriers.get(lane.family, (None, None))
             items = carrier.written() if carrier is not None else None
-            if items is not None:
+            if env is not None and items is not None:
+                fixed = load(self._config.mode).fixed(env)
                 rows = await asyncio.to_thread(entry_rows, lane.family, items)
-                return FamilyEntries(lane.family, rows)
+                return FamilyEntries(lane.family, (*starmap(EntryRow, fixed), *rows))
             await asyncio.sleep(PAUSE_SECONDS)
         return FamilyEntries(lane.family, None)
 
@@ -202,7 +204,7 @@ def tell_of_many(count: int) -> None:
 
 
 def entry_rows(family: Family, items: Mapping[Any, Any]) -> tuple[EntryRow, ...]:
-    return tuple(EntryRow(*entry) for entry in entries(family, items))
+    return tuple(starmap(EntryRow, entries(family, items)))
 
 
 def compared(lane: Lane, found: Verified) -> VerifiedFamily:

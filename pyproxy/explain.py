@@ -160,7 +160,6 @@ def frontend_cases(
 ) -> FrontendCases:
     progress, sources = family.progress, route.allowed_sources
     since = progress.since(plan.owner) if progress is not None else None
-    refused = progress.refusals(plan.owner) if progress is not None else ()
     return FrontendCases(
         frontend=str(route.frontend),
         kind=route.kind,
@@ -170,7 +169,7 @@ def frontend_cases(
         since=rfc3339(since) if since is not None else None,
         allowed_sources=None if sources is None else tuple(map(str, sources)),
         cases=cases,
-        problems=(*family.plan.conflicts.get(plan.owner, ()), *refused),
+        problems=family.problems(plan.owner),
     )
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 
-from pyproxy.app import Fatal, Feed
+from pyproxy.app import Fatal
 from pyproxy.config import Config, is_beside
 from pyproxy.config.flags import Options
+from pyproxy.feed import Feed
 from pyproxy.kube.access import SourceError
 from pyproxy.kube.api import KubeApi, Regarding, connect
 from pyproxy.kube.source import follow

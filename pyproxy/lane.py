@@ -132,4 +132,4 @@ class Lane:
         if report.error is None:
             self.first_sync.set()
             self._on_success()
-        return report.error is None and not report.unserved
+        return report.error is None and not (report.unserved or report.failed)

@@ -1,24 +1,24 @@
 """Serves a Service a little longer that is not ours any more: another proxy has to begin first."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
-from pyproxy.app import Feed
+from pyproxy.feed import Between, Feed
 from pyproxy.model import ApiObject, Change, ObjectName, Remove, Replace, Service, Upsert
 
 # kube-proxy writes once in a second, and has to write.
 LINGER_SECONDS: Final = 3.0
 
 
-class LingeringFeed:
+class LingeringFeed(Between):
     """A feed that tells late of Services that are gone, or that another proxy is to serve.
 
     A watch does not say which of the two it is. Their endpoints are told of at once.
     """
 
     def __init__(self, feed: Feed, seconds: float = LINGER_SECONDS) -> None:
-        self._feed = feed
+        super().__init__(feed)
         self._seconds = seconds
         self._services: dict[ObjectName, Service] = {}  # that were told of
         self._leaving: dict[ObjectName, asyncio.TimerHandle] = {}
@@ -31,17 +31,6 @@ class LingeringFeed:
         finally:
             for timer in self._leaving.values():
                 timer.cancel()
-
-    async def record(
-        self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None
-    ) -> None:
-        await self._feed.record(reason, message, warning=warning, action=action, service=service)
-
-    async def annotate(self, annotations: Mapping[str, str]) -> str | None:
-        return await self._feed.annotate(annotations)
-
-    async def aclose(self) -> None:
-        await self._feed.aclose()
 
     def _take_in(self, change: Change) -> None:
         match change:

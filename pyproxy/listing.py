@@ -152,10 +152,7 @@ def port_status(family: FamilyView, port: ServicePort) -> PortStatus:
         since=since(family.progress, port),
         backends=len(backends(plan)) if plan is not None else 0,
         endpoints=len(family.cache.endpoints(port.name)),
-        problems=(
-            *family.plan.conflicts.get(port.name, ()),
-            *(family.progress.refusals(port.name) if family.progress is not None else ()),
-        ),
+        problems=family.problems(port.name),
     )
 
 
@@ -345,8 +342,7 @@ def conflict_rows(view: View, service: Service) -> Iterator[Conflict]:
             where = port.name[:3]
             for text in family.plan.conflicts.get(port.name, ()):
                 yield Conflict(*where, "conflict", text)
-            refused = family.progress.refusals(port.name) if family.progress is not None else ()
-            for text in refused:
+            for text in family.refusals(port.name):
                 yield Conflict(*where, "refused", text)
 
 

@@ -76,6 +76,7 @@ LOCALHOST = "kubeproxy_iptables_localhost_nodeports_accepted_packets_total"
 
 STALE = "pyproxy_state_stale"
 AUDITED = "pyproxy_audit_differences"
+FAILED = "pyproxy_failed_service_ports"
 APPLIED = "pyproxy_applied_resource_version"
 
 IPTABLES = ("iptables",)
@@ -113,6 +114,7 @@ GAUGES = (
     Row("kubernetes_build_info", "What is running; the value is always 1", BUILD),
     Row("pyproxy_asyncio_tasks", "Tasks of the event loop"),
     Row("pyproxy_conflicts", "Frontends that a second Service asked for", FAMILY),
+    Row(FAILED, "Service ports that stay as they were: pyproxy cannot work them out", FAMILY),
     Row(APPLIED, "All objects of a kind are written up to this resourceVersion", KIND),
     Row(AUDITED, "Entries that the last pyproxy audit found otherwise", FAMILY, lazy=True),
     Row(STALE, "Whether objects of a kind are known from the state on disk only", ("kind",)),
@@ -284,6 +286,7 @@ class Metrics:
         self.put(no_local, report.no_local_internal, "internal", family)
         self.put(no_local, report.no_local_external, "external", family)
         self.put("pyproxy_conflicts", len(report.conflicts), family)
+        self.put(FAILED, len(report.failed), family)
         for triggered_at in report.triggered_at:
             # Clocks of two machines: a change may seem to come from the future.
             self.observe(PROGRAMMING, max(0.0, report.finished_at - triggered_at), family)

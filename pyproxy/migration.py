@@ -13,8 +13,9 @@ from typing import NamedTuple, TypeVar
 
 from pyproxy import proxier
 from pyproxy.aftermath import clean_up_after_others, cleaned_up_after_others
-from pyproxy.app import App, Fatal, Feed
+from pyproxy.app import App, Fatal
 from pyproxy.config import Config
+from pyproxy.feed import Feed
 from pyproxy.http import parse_bind
 from pyproxy.lane import Lane
 from pyproxy.model import Address, Change, Family, Forward, ObjectName, family_of

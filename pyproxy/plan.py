@@ -28,6 +28,7 @@ from pyproxy.model import (
     ServicePort,
     ServicePortName,
 )
+from pyproxy.report import told
 from pyproxy.topology import EndpointSets, Place, endpoint_sets, is_local, weight_of
 
 REJECT = Reject()
@@ -54,6 +55,7 @@ class Plan:
     def __init__(self) -> None:
         self.ports: dict[ServicePortName, PortPlan] = {}
         self.conflicts: dict[ServicePortName, tuple[str, ...]] = {}
+        self.failed: dict[ServicePortName, str] = {}  # they stay as they were, by our mistake
         self.without_local_internal: Owners = set()
         self.without_local_external: Owners = set()
         self._health: dict[ServicePortName, HealthPort] = {}
@@ -100,11 +102,19 @@ class Planner:
 
         These may be others too: a frontend that two owners ask for belongs to the first of them
         in the order of names, and passes to the next when it lets go.
+
+        An owner that cannot be planned, by a mistake of ours, keeps the plan it has; it is among
+        ``plan.failed``, and tried again at each update.
         """
         affected: Owners = set()
-        for owner in owners:
-            port = cache.port(owner)
-            wanted = plan_port(port, cache.endpoints(owner), site) if port is not None else None
+        for owner in {*owners, *self.plan.failed}:
+            try:
+                port = cache.port(owner)
+                wanted = plan_port(port, cache.endpoints(owner), site) if port is not None else None
+            except Exception as mistake:
+                self.plan.failed[owner] = told(mistake)
+                continue
+            self.plan.failed.pop(owner, None)
             affected.add(owner)
             affected |= self._claim(owner, wanted)
         return {owner for owner in affected if self._grant(owner)}

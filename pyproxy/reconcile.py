@@ -1,6 +1,6 @@
 """Keep one target equal to the plan: the loop that every mode shares."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
@@ -10,7 +10,7 @@ from pyproxy.counters import Entry, Reading
 from pyproxy.delta import Delta, diff, merge
 from pyproxy.model import Family, PortPlan, ServicePortName
 from pyproxy.plan import Plan
-from pyproxy.report import SyncReport
+from pyproxy.report import SyncReport, told
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -128,7 +128,10 @@ class Reconciler(Generic[K, V]):
 
     It writes the difference to what it last wrote. When a write fails, what the target holds is
     unknown, and the next sync asks it and looks at every owner: no other repair exists. What the
-    target refuses is tried again at every sync of its owner and at every retry.
+    target refuses is tried again at every sync.
+
+    So is an owner that cannot be compiled, by a mistake of ours. It keeps what was last written
+    for it, but for what others want now; and the others are written.
     """
 
     def __init__(
@@ -144,8 +147,10 @@ class Reconciler(Generic[K, V]):
         self._compile = compile_owner
         self._target = target
         self._clock = clock
-        self._written: dict[ServicePortName, Mapping[K, V]] | None = None
+        self._written: dict[ServicePortName, Mapping[K, V]] = {}  # with success
+        self._is_certain = False  # that the target holds that
         self._doubted = False
+        self._failed: dict[ServicePortName, str] = {}
         self._refused: dict[ServicePortName, dict[K, str]] = {}
         self._served = 0
         self._syncs = 0  # begun
@@ -155,27 +160,27 @@ class Reconciler(Generic[K, V]):
         """Make the target equal to the plan, of which ``changed`` is all that may differ."""
         started = self._clock.monotonic()
         self._syncs += 1
-        written, self._written = self._written, None  # unknown until the write succeeds
-        full, self._doubted = written is None or self._doubted, False
+        full, self._doubted = self._doubted or not self._is_certain, False
+        self._is_certain = False  # until the write succeeds
         error = None
         delta: Delta[K, V] = Delta({}, {}, {})
         wanted: dict[ServicePortName, Mapping[K, V]] = {}
         try:
-            if written is None or full:
+            if full:
                 held = await self._target.adopt()
-                wanted = {owner: self._compile(port, held) for owner, port in plan.ports.items()}
+                wanted = self._compiled(plan, plan.ports, held)
                 delta = diff(held, {k: v for state in wanted.values() for k, v in state.items()})
-                written, self._refused = {}, {}
-                self._served = 0
             else:
-                for owner in changed | self._refused.keys():
-                    wanted[owner] = self._compiled(plan, owner, written.get(owner, {}))
-                delta = merge(diff(written.get(o, {}), state) for o, state in wanted.items())
+                wanted = self._compiled(plan, changed | self._refused.keys() | self._failed.keys())
+                delta = merge(diff(self._written.get(o, {}), new) for o, new in wanted.items())
             refused = await self._target.apply(delta) if delta or full else {}
         except ApplyError as failure:
             error = str(failure)
         else:
-            self._remember(written, wanted, refused)
+            if full:
+                self._written, self._refused, self._served = {}, {}, 0
+            self._remember(wanted, refused)
+        failed = {**plan.failed, **self._failed}
         return SyncReport(
             mode=self._mode,
             family=self._family,
@@ -189,7 +194,9 @@ class Reconciler(Generic[K, V]):
             served=self._served,
             conflicts=tuple(line for lines in plan.conflicts.values() for line in lines),
             unserved=tuple(why for whys in self._refused.values() for why in whys.values()),
-            refused={owner: tuple(whys.values()) for owner, whys in self._refused.items()},
+            refused={owner: tuple(whys.values()) for owner, whys in self._refused.items()}
+            | {owner: (f"{owner}: {why}",) for owner, why in failed.items()},
+            failed=failed,
             no_local_internal=len(plan.without_local_internal),
             no_local_external=len(plan.without_local_external),
             error=error,
@@ -204,7 +211,7 @@ class Reconciler(Generic[K, V]):
 
     def written(self) -> Mapping[K, V] | None:
         """Return what was written for all owners; None while a sync runs, and after a failure."""
-        if self._written is None:
+        if not self._is_certain:
             return None
         return {k: v for state in self._written.values() for k, v in state.items()}
 
@@ -214,12 +221,12 @@ class Reconciler(Generic[K, V]):
         None if a sync runs, came in between, or failed: what it should hold is not known then.
         Raises ``ApplyError`` where the target cannot be asked.
         """
-        written, syncs = self._written, self._syncs
-        if written is None:
+        if not self._is_certain:
             return None
-        wanted = {k: v for owner in owners for k, v in written.get(owner, {}).items()}
+        syncs = self._syncs
+        wanted = {k: v for owner in owners for k, v in self._written.get(owner, {}).items()}
         found = await self._target.compare(wanted)
-        if self._syncs != syncs or self._written is None:
+        if self._syncs != syncs or not self._is_certain:
             return None
         return Verified(len(wanted), found)
 
@@ -229,33 +236,52 @@ class Reconciler(Generic[K, V]):
         None if a sync runs, came in between, or failed: whose an entry is, is not known then.
         Raises ``ApplyError`` where the target cannot be asked.
         """
-        if self._written is None:
+        if not self._is_certain:
             return None
         syncs = self._syncs
         entries = await self._target.counters(by_endpoint=by_endpoint)
-        if self._syncs != syncs or self._written is None:
+        if self._syncs != syncs or not self._is_certain:
             self._ended += [entry for entry in entries if entry.ended]
             return None
         entries, self._ended = [*self._ended, *entries], []
         return Reading(entries, tuple(self._written.items()))
 
     async def clear(self) -> None:
-        self._written = None
+        self._written, self._is_certain = {}, False
         await self._target.clear()
 
     async def aclose(self) -> None:
         await self._target.aclose()
 
-    def _compiled(self, plan: Plan, owner: ServicePortName, before: Mapping[K, V]) -> Mapping[K, V]:
-        port = plan.ports.get(owner)
-        return self._compile(port, before) if port is not None else {}
+    def _compiled(
+        self,
+        plan: Plan,
+        owners: Iterable[ServicePortName],
+        held: Mapping[K, V] | None = None,
+    ) -> dict[ServicePortName, Mapping[K, V]]:
+        """Return the state that each owner is to have, near what is ``held``, or written for it."""
+        states: dict[ServicePortName, Mapping[K, V]] = {}
+        self._failed = {o: why for o, why in self._failed.items() if o in plan.ports}
+        for owner in owners:
+            port, before = plan.ports.get(owner), self._written.get(owner, {})
+            try:
+                near = before if held is None else held
+                states[owner] = self._compile(port, near) if port is not None else {}
+            except Exception as mistake:
+                self._failed[owner] = told(mistake)
+            else:
+                self._failed.pop(owner, None)
+        if self._failed:
+            taken = {key for state in states.values() for key in state}
+            for owner in self._failed:
+                before = self._written.get(owner, {})
+                states[owner] = {k: v for k, v in before.items() if k not in taken}
+        return states
 
     def _remember(
-        self,
-        written: dict[ServicePortName, Mapping[K, V]],
-        wanted: dict[ServicePortName, Mapping[K, V]],
-        refused: Mapping[K, str],
+        self, wanted: Mapping[ServicePortName, Mapping[K, V]], refused: Mapping[K, str]
     ) -> None:
+        written = self._written
         for owner, state in wanted.items():
             self._refused.pop(owner, None)
             self._served -= len(written.get(owner, {}))
@@ -268,4 +294,4 @@ class Reconciler(Generic[K, V]):
                 written[owner] = state
             else:
                 written.pop(owner, None)
-        self._written = written
+        self._is_certain = True

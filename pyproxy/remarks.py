@@ -87,6 +87,10 @@ def remarks(view: View, service: Service) -> Iterator[str]:
     """Yield what is odd about a Service, and the known dead ends of cloud annotations."""
     yield from service.warnings
     yield from pass_through(view, service)
+    for family in view.families:
+        for port in family.cache.ports(service.name):
+            if port.name not in family.plan.ports:  # else its frontends say so
+                yield from family.refusals(port.name)
 
 
 def pass_through(view: View, service: Service) -> Iterator[str]:

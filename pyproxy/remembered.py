@@ -7,14 +7,14 @@ before anybody hears of it. A start that went by an older word would take away w
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from pyproxy.app import Feed
+from pyproxy.feed import Between, Feed
 from pyproxy.metrics import Metrics
-from pyproxy.model import Change, Kind, ObjectName, Replace
+from pyproxy.model import Change, Kind, Replace
 from pyproxy.state import KINDS, LastKnown, StateError, appended, read, read_head
 
 MAX_BYTES = 256 << 20
@@ -31,15 +31,15 @@ class Times(NamedTuple):
     hurry: float = 0.5  # the same where there is none to append to
 
 
-class RememberedFeed:
+class RememberedFeed(Between):
     """A feed whose objects outlive the process. ``origin`` says whose they are."""
 
     def __init__(
         self, feed: Feed, folder: Path, origin: str, metrics: Metrics, unix: Callable[[], float]
     ) -> None:
+        super().__init__(feed)
         self._unix = unix
         self.times = Times()
-        self._feed = feed
         self._path = folder / FILE
         self._origin = origin
         self._metrics = metrics
@@ -60,19 +60,11 @@ class RememberedFeed:
             tasks.create_task(self._fall_back(), name="known state")
             tasks.create_task(self._save_changes(), name="save state")
 
-    async def record(
-        self, reason: str, message: str, *, warning: bool, action: str, service: ObjectName | None
-    ) -> None:
-        await self._feed.record(reason, message, warning=warning, action=action, service=service)
-
-    async def annotate(self, annotations: Mapping[str, str]) -> str | None:
-        return await self._feed.annotate(annotations)
-
     async def aclose(self) -> None:
         if self._changed.is_set() and not self._stale and self._fresh:
             await self._save()
         self._close_journal()
-        await self._feed.aclose()
+        await super().aclose()
 
     def _take_in(self, change: Change) -> None:
         self._known.see(change)

@@ -54,7 +54,7 @@ from pyproxy.rules import (
     nft_file,
 )
 from pyproxy.rules import ipvs_text as ipvs_file
-from pyproxy.rules.entries import entries
+from pyproxy.rules.entries import Entry, entries, fixed_of_iptables, fixed_of_table
 from pyproxy.rules.listeners_text import treatments
 from pyproxy.rules.nft_affinity import Content
 from pyproxy.rules.nftables import Item, Ruleset, compile_owner
@@ -84,6 +84,7 @@ class Settings(Struct, frozen=True):
     families: tuple[Family, ...] = FAMILIES
     own_ips: frozenset[str] | None = None  # of the node's interfaces; None: those of its Node
     commented: bool = True  # as rules of iptables are, but in flavour legacy
+    service_cidrs: tuple[str, ...] = ()  # where there is no ServiceCIDR
 
 
 class Scene(NamedTuple):
@@ -165,7 +166,8 @@ def rendered(
         for conflicts in scene.plan.conflicts.values()
         for conflict in conflicts
     }
-    return Rendered(RENDERERS[mode](of_families), (*found.notes, *warnings, *conflicts))
+    failed = [f"{owner}: {why}" for s in of_families for owner, why in s.plan.failed.items()]
+    return Rendered(RENDERERS[mode](of_families), (*found.notes, *warnings, *conflicts, *failed))
 
 
 def read(paths: Iterable[str], settings: ManifestSettings) -> Resolved:
@@ -243,7 +245,7 @@ def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]
             family_view(family, objects, config, node).plan,
             config,
             node,
-            tuple(sorted(cidrs)),
+            tuple(sorted(cidrs)) or settings.service_cidrs,
             frozenset(ip for ip in own if family_of(ip) == family),
             settings.commented,
         )
@@ -256,14 +258,15 @@ def by_owner(plan: Plan) -> list[PortPlan]:
 
 
 def entries_of(mode: str, objects: Objects, settings: Settings) -> Entries:
-    """Return the entries that a mode would have for the objects."""
+    """Return the entries that a mode would have for the objects, and its fixed part."""
     made = []
     for scene in scenes(mode, objects, settings):
         compiled = COMPILERS[mode](scene)
         items: dict[Any, Any] = {}
         for port in by_owner(scene.plan):
             items |= compiled(port, {})
-        rows = tuple(EntryRow(*entry) for entry in entries(scene.family, items))
+        found = (*FIXED[mode](scene), *entries(scene.family, items))
+        rows = tuple(EntryRow(*entry) for entry in found)
         made.append(FamilyEntries(scene.family, rows))
     return Entries(mode, tuple(made))
 
@@ -278,8 +281,11 @@ def nft_table_text(scene: Scene) -> str:
     items: dict[Item, Content] = {}
     for port in by_owner(scene.plan):
         items |= compile_owner(ruleset, port, {})
-    base = nft_beside if is_beside(scene.config) else nft_base
-    return nft_file.file(base, ruleset, items)
+    return nft_file.file(nft_table_base(scene), ruleset, items)
+
+
+def nft_table_base(scene: Scene) -> nft_file.Base:
+    return nft_beside if is_beside(scene.config) else nft_base
 
 
 def nft_ruleset(scene: Scene) -> Ruleset:
@@ -375,6 +381,12 @@ COMPILERS: Mapping[str, Callable[[Scene], CompileOwner[Any, Any]]] = {
     "iptables": lambda scene: partial(iptables.compile_owner, iptables_ruleset(scene)),
     "ipvs": lambda scene: partial(ipvs.compile_owner, ipvs_ruleset(scene)),
     "userspace": lambda scene: listeners.compile_owner,
+}
+FIXED: Mapping[str, Callable[[Scene], tuple[Entry, ...]]] = {
+    "nftables": lambda scene: fixed_of_table(nft_table_base(scene), nft_ruleset(scene)),
+    "iptables": lambda scene: fixed_of_iptables(iptables_ruleset(scene)),
+    "ipvs": lambda scene: fixed_of_table(ipvs_base, ipvs_ruleset(scene).table),
+    "userspace": lambda scene: (),
 }
 RENDERERS: Mapping[str, Callable[[Sequence[Scene]], str]] = {
     "nftables": nftables_text,

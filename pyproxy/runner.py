@@ -53,7 +53,7 @@ class Runner:
             full = self._clock() >= self._full_at
             ok = await self._sync(full)
             now = self._ended_at = self._clock()
-            if full and ok:
+            if full:  # of one that failed, the retry is full by itself
                 self._full_at = now + self._pace.max_interval
             delay = min(self._pace.retry_interval, self._pace.max_interval)
             self._retry_at = None if ok else now + delay

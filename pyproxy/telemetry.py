@@ -71,6 +71,8 @@ class Telemetry:
         self._tell_of_failure(report)
         self._tell_of("not served", report.family, report.unserved)
         self._tell_of("frontend wanted twice", report.family, report.conflicts)
+        mistakes = [f"{owner}: {why}" for owner, why in report.failed.items()]
+        self._tell_of("Services stay as they were", report.family, mistakes, logging.ERROR)
 
     def changed(self, change: Change) -> None:
         """Count a change, and log what was odd about its objects, once."""
@@ -130,7 +132,9 @@ class Telemetry:
         elif before is not None:
             log.info("sync works again", extra={"family": f"IPv{report.family}"})
 
-    def _tell_of(self, event: str, family: Family, lines: Collection[str]) -> None:
+    def _tell_of(
+        self, event: str, family: Family, lines: Collection[str], level: int = logging.WARNING
+    ) -> None:
         before = self._trouble.get((event, family), frozenset())
         if not lines and not before:
             return
@@ -138,7 +142,7 @@ class Telemetry:
         self._trouble[event, family] = now
         if now - before:
             new = sorted(now - before)
-            log.warning(event, extra={"count": len(new), "which": "; ".join(new[:SHOWN])})
+            log.log(level, event, extra={"count": len(new), "which": "; ".join(new[:SHOWN])})
         if before - now:
             log.info("over", extra={"trouble": event, "count": len(before - now)})
 

@@ -52,6 +52,16 @@ class FamilyView(NamedTuple):
     def state(self, owner: ServicePortName) -> State | None:
         return self.progress.state(owner) if self.progress is not None else None
 
+    def refusals(self, owner: ServicePortName) -> tuple[str, ...]:
+        """Return what of an owner this node cannot serve, and why."""
+        if self.progress is not None:
+            return self.progress.refusals(owner)
+        return (f"{owner}: {self.plan.failed[owner]}",) if owner in self.plan.failed else ()
+
+    def problems(self, owner: ServicePortName) -> tuple[str, ...]:
+        """Return what of an owner is not served, whether others have it or nobody can."""
+        return (*self.plan.conflicts.get(owner, ()), *self.refusals(owner))
+
     def leaving(self) -> Owners:
         """Return the owners that are no more, and whose removal is still to be written."""
         awaited = self.progress.awaited() if self.progress is not None else set()

@@ -93,6 +93,7 @@ class Files:
     def __init__(self, objects: Objects, config: Config, mode: str, node: str) -> None:
         self.own_ips: frozenset[str] | None = None  # of the node, where they are known
         self.commented = True  # as rules of iptables are on the node, where that is known
+        self.service_cidrs: tuple[str, ...] = ()  # likewise; those of the objects come first
         self.objects = objects
         self.config = config
         self.view = view_of(objects, config, mode, node, FAMILIES)
@@ -115,7 +116,11 @@ class Files:
         from pyproxy.render import Settings, entries_of
 
         settings = Settings(
-            self.view.node, self.config, own_ips=self.own_ips, commented=self.commented
+            self.view.node,
+            self.config,
+            own_ips=self.own_ips,
+            service_cidrs=self.service_cidrs,
+            commented=self.commented,
         )
         return entries_of(self.view.mode, self.objects, settings)
 

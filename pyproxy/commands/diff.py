@@ -32,6 +32,7 @@ from pyproxy.comparison import (
     entry_changes,
     route_changes,
 )
+from pyproxy.doctor.setup import Setup
 from pyproxy.host import Host
 from pyproxy.listing import Endpoints, Routes
 from pyproxy.planned import Plans
@@ -100,6 +101,7 @@ def of_plan(own: argparse.Namespace, after: Files) -> int:
     if not own.against:
         after.own_ips = asyncio.run(own_ips())
         after.commented = after.view.mode != "iptables" or chosen_flavour() != "legacy"
+        after.service_cidrs = before.ask("setup", Setup, {}).service_cidrs
     else:
         view = after.view
         objects = of_files(own.against, view.node, own.options.service_cidr, after.config)

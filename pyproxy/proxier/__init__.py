@@ -6,7 +6,7 @@ A mode that is not chosen is never imported. Files that begin with ``_`` are sha
 import asyncio
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +61,10 @@ class Mode(Protocol):
 
     def build(self, env: Env) -> Proxier:
         """Return the proxier of one family. It opens nothing: the first sync does."""
+        ...
+
+    def fixed(self, env: Env) -> Sequence[tuple[str, str, str]]:
+        """Return what is to be written besides for Services, as of now, as ``rules.entries`` do."""
         ...
 
     async def cleanup(self, family: Family, config: Config, /, *, ours: bool = True) -> str | None:

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from socket import SocketType
+from typing import Literal
 
 from msgspec import Struct
 
@@ -24,6 +25,7 @@ from pyproxy.proxier._sockets import (
     check_free,
     destination,
     detach_guard,
+    dropped_at,
     listening,
     why_not,
 )
@@ -54,6 +56,7 @@ class Held(Struct):
     taken: bool  # by the capture
     foreign: bool = False  # nothing but the port makes the address ours
     rejected: int = 0  # clients that were accepted, to be reset at once
+    dropped_before: int = 0  # what its sockets had dropped when the guard came
 
 
 class Fronts:
@@ -130,8 +133,7 @@ class Fronts:
             living.setdefault(meter, []).append((address, carried))
         for frontend, held in self._held.items():
             front = held.front
-            asks = held.taken and not admits_all(held.listener.route)
-            refused = self.capture.refused(frontend) if asks else NOTHING
+            refused = self._kept_out(frontend, held)
             if front is None:
                 reset = Counts(rejected=held.rejected or None)
                 yield Entry(frontend, None, total((refused, reset)))
@@ -140,6 +142,18 @@ class Fronts:
                 yield from front.meter.entries(frontend, flows, refused)
             else:
                 yield from front.meter.entries(frontend, living.get(front.meter, ()), refused)
+
+    def _kept_out(self, frontend: Frontend, held: Held) -> Counts:
+        """Return the packets that were refused or dropped. Raises ``OSError``."""
+        reason = why_kept_out(held.listener)
+        if reason is None:
+            return NOTHING
+        if held.taken:
+            return self.capture.refused(frontend)
+        if held.front is None:  # the kernel refuses, and tells nobody
+            return NOTHING
+        count = dropped(held.front) - held.dropped_before
+        return Counts(denied=count) if reason == "denied" else Counts(dropped=count)
 
     def put(self, frontend: Frontend, listener: Listener, picker: Picker) -> str | None:
         """Make a frontend so; return why it cannot be, and then there is none.
@@ -153,6 +167,9 @@ class Fronts:
         taken = self.capture.takes(listener.route)
         foreign = self._is_foreign(frontend, listener)
         held = Held(listener, front, taken, foreign)
+        if before is not None:
+            same = why_kept_out(before.listener) == why_kept_out(listener)
+            held.dropped_before = before.dropped_before if same else dropped(front)
         if front is not None and before is not None and must_reopen(before, held):
             self._outdated.append(front)
             held.front = None
@@ -177,6 +194,7 @@ class Fronts:
                 front.close()
         elif front is None:
             held.front = self._open(frontend, held, picker)
+            held.dropped_before = dropped(held.front)
         else:
             front.update(listener, picker)
             if not held.taken:
@@ -405,6 +423,18 @@ class Fronts:
         del frontends[frontend]
         if not frontends:
             del self._of_owner[owner]
+
+
+def why_kept_out(listener: Listener) -> Literal["dropped", "denied"] | None:
+    """Say what it is called that some come in vain: for a policy, or for source ranges."""
+    if admits_all(listener.route):
+        return None
+    return "dropped" if listener.route.allowed_sources is None else "denied"
+
+
+def dropped(front: TcpFront | UdpFront | None) -> int:
+    sockets = front.sockets if front is not None else ()
+    return sum(dropped_at(sock) for sock in sockets if sock.fileno() >= 0)
 
 
 def must_reopen(before: Held, after: Held) -> bool:

@@ -50,7 +50,8 @@ class Handover:
         """``retire`` lets nobody in any more; ``surrender`` then lets go of connections."""
         self.done = asyncio.Event()
         self.has_begun = False  # the successor serves
-        self._path = path
+        self.is_near = False  # a successor has asked for sockets, and has not gone since
+        self.path = path
         self._entrances = entrances
         self._retire = retire
         self._surrender = surrender
@@ -64,14 +65,14 @@ class Handover:
 
     def open(self) -> None:
         """Wait from now on, in the place of whoever did before. Raises ``OSError``."""
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
-            new = self._path.with_suffix(f".{os.getpid()}")
+            new = self.path.with_suffix(f".{os.getpid()}")
             new.unlink(missing_ok=True)
             server.bind(str(new))
             server.listen(1)
-            new.rename(self._path)
+            new.rename(self.path)
         except OSError:
             server.close()
             raise
@@ -84,7 +85,7 @@ class Handover:
             self._server.close()
             self._server = None
             if not self.has_begun:  # else it is the successor's
-                self._path.unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
         for task in self._tasks:
             task.cancel()
 
@@ -103,6 +104,7 @@ class Handover:
                     return
                 while question := await self._loop.sock_recv(peer, MESSAGE):
                     if question == ASK_SOCKETS:
+                        self.is_near = True
                         # We go on using them ourselves.
                         await send(peer, list(entrance_messages(self._entrances())))
                     elif question == ASK_CONNECTIONS:
@@ -110,6 +112,8 @@ class Handover:
                         return
         except OSError as error:
             log.warning("a successor is gone", extra={"error": str(error)})
+        finally:
+            self.is_near = False
 
     async def _give(self, peer: socket.socket) -> None:
         self.has_begun = True

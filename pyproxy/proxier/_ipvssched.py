@@ -81,11 +81,8 @@ class Scheduled(Outer):
         self._told: set[tuple[str, str]] = set()
 
     async def sync(self, plan: Plan, changed: Owners) -> SyncReport:
-        wanted = {
-            str(owner): self._wanted(port)
-            for owner in changed
-            if (port := plan.ports.get(owner)) is not None
-        }
+        ports = (port for owner in changed if (port := plan.ports.get(owner)) is not None)
+        wanted = {str(port.owner): self._wanted_by(port) for port in ports}
         await self._schedulers.ask(frozenset().union(*wanted.values()))
         missing = self._schedulers.missing
         lacking = {(name, owner) for owner, names in wanted.items() for name in names & missing}
@@ -96,6 +93,12 @@ class Scheduled(Outer):
     def distrust(self) -> None:
         self._schedulers.forget()
         super().distrust()
+
+    def _wanted_by(self, port: PortPlan) -> frozenset[str]:
+        try:
+            return self._wanted(port)
+        except Exception:  # a mistake of ours, which compiling it makes too, and tells
+            return frozenset()
 
 
 def tell(lacking: set[tuple[str, str]]) -> None:

@@ -2,19 +2,14 @@
 
 import socket
 import struct
+from contextlib import closing
 from socket import SocketType
 
 from pyproxy.model import Family
 from pyproxy.proxier._netlink import Netlink, attributes
 from pyproxy.proxier._nfnetlink import NfError, NfTables
-from pyproxy.proxier._nfpack import (
-    delete_table,
-    flush_chain,
-    new_chain,
-    new_rule,
-    new_set,
-    new_table,
-)
+from pyproxy.proxier._nfpack import delete_table, flush_chain, new_chain, new_table
+from pyproxy.proxier._nfwhole import Whole
 from pyproxy.rules import lifting
 from pyproxy.rules.lifting import KEEPALIVE_SECONDS, PRIORITY
 
@@ -23,25 +18,26 @@ LINK = struct.Struct("=BxHiII")  # struct ifinfomsg
 IFLA_LINKINFO, IFLA_INFO_KIND = 18, 1
 
 
-def install(family: Family, name: str, mark: int, udp_seconds: int) -> None:
-    """Make the table, or renew its rules. Raises ``NfError``.
+def whole(family: Family, name: str, mark: int, udp_seconds: int) -> Whole:
+    """Return the table. ``udp_seconds`` is how long a flow of UDP may be silent."""
+    rules = lifting.rules(mark, udp_seconds)
+    return Whole(lifting.table(family, name), lifting.CHAINS, rules, lifting.sets(family))
 
-    What they remember of open flows stays. ``udp_seconds`` is how long one of UDP may be silent.
+
+def install(made: Whole) -> None:
+    """Make the table, or renew its rules: what they remember of open flows stays.
+
+    Raises ``NfError``.
     """
-    table = lifting.table(family, name)
-    there = [new_table(table)]
-    there += [new_chain(table, chain) for chain in lifting.CHAINS]
-    there += [new_set(table, a_set) for a_set in lifting.sets(family)]
-    there += [flush_chain(table, chain.name) for chain in lifting.CHAINS]
-    there += [new_rule(table, rule) for rule in lifting.rules(mark, udp_seconds)]
-    nf_tables = NfTables()
-    try:
+    table = made.table
+    emptied = [new_table(table)]
+    for chain in made.chains:
+        emptied += [new_chain(table, chain), flush_chain(table, chain.name)]
+    with closing(NfTables()) as nf_tables:
         try:
-            nf_tables.commit(there)
+            nf_tables.commit([*emptied, *made.added()])
         except NfError:  # perhaps another version's sets are in the way
-            nf_tables.commit([new_table(table), delete_table(table), *there])
-    finally:
-        nf_tables.close()
+            nf_tables.commit(made.made())
 
 
 def is_installed(family: Family, name: str) -> bool:

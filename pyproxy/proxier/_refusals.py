@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 
+from pyproxy.counters import Counts
 from pyproxy.model import Frontend
 from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nftarget import delete_tables
+from pyproxy.proxier._nfwhole import Whole
 from pyproxy.rules import refusals
 from pyproxy.rules.listeners import Listener
 from pyproxy.rules.nft import Element
@@ -55,6 +57,24 @@ class Refusals:
         else:
             self._known = True
 
+    def counts(self) -> dict[Frontend, Counts]:
+        """Return how many packets were refused here; nothing where nobody can tell."""
+        if not (self._known and self._refused):
+            return {}
+        keys = {refusals.element(frontend).key: frontend for frontend in self._refused}
+        try:
+            with closing(NfTables()) as nf_tables:
+                found = nf_tables.counters(TABLE, NAME)
+        except (NfError, OSError):
+            return {}  # somebody has removed the table
+        return {keys[e.key]: Counts(rejected=e.packets) for e in found if e.key in keys}
+
+    def tables(self) -> tuple[Whole, ...]:
+        return (whole(self._refused),) if self._known and self._refused else ()
+
+    def renew(self) -> None:
+        self._known = False
+
     def _write(self, new: set[Frontend], served: set[Frontend]) -> None:
         if not self._refused:
             delete_tables([TABLE])
@@ -65,17 +85,13 @@ class Refusals:
                 with suppress(NfError):  # somebody has removed the table
                     nf_tables.commit(differences(new, served))
                     return
-            nf_tables.commit(whole(self._refused))
+            nf_tables.commit(whole(self._refused).made())
         finally:
             nf_tables.close()
 
 
-def whole(refused: set[Frontend]) -> list[bytes]:
-    """Return the messages that make the table, whether there is one or not."""
-    messages = [pack.new_table(TABLE), pack.delete_table(TABLE), pack.new_table(TABLE)]
-    messages += [pack.new_chain(TABLE, CHAIN), pack.new_set(TABLE, SET)]
-    messages += [pack.new_rule(TABLE, rule) for rule in RULES]
-    return messages + pack.new_elements(TABLE, NAME, elements(refused))
+def whole(refused: set[Frontend]) -> Whole:
+    return Whole(TABLE, (CHAIN,), RULES, (SET,), {NAME: elements(refused)})
 
 
 def differences(new: set[Frontend], served: set[Frontend]) -> list[bytes]:

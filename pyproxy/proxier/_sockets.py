@@ -28,6 +28,8 @@ LOOPBACK: dict[Family, str] = {4: "127.0.0.1", 6: "::1"}
 BACKLOG = 4096
 DATAGRAM_QUEUE = 4 << 20  # bytes; the default holds two datagrams of 64 KiB, or 277 small ones
 SO_RCVBUFFORCE = 33
+SO_MEMINFO = 55
+MEMINFO = struct.Struct("=9I")  # the last is what was dropped: include/uapi/linux/sock_diag.h
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 300), (socket.TCP_KEEPINTVL, 30), (socket.TCP_KEEPCNT, 5))
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 RELIEF_SECONDS = 10.0  # without a shortage, until the next one is worth telling
@@ -279,6 +281,12 @@ def attach_guard(sock: socket.socket, program: Program) -> None:
 def detach_guard(sock: socket.socket) -> None:
     with suppress(FileNotFoundError):  # it has none
         sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+
+
+def dropped_at(sock: socket.socket) -> int:
+    """Return how many packets a socket has dropped: its guard, or for want of room in its queue."""
+    values = MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
+    return int(values[-1])
 
 
 def reset(sock: SocketType) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -38,16 +38,9 @@ class Heir(Protocol):
 class Succession:
     """Waits for a successor, after having followed a predecessor."""
 
-    def __init__(
-        self,
-        path: Path,
-        entrances: Callable[[], Entrances],
-        retire: Callable[[], list[GivenFlow]],
-        surrender: Callable[[], Awaitable[list[Given]]],
-    ) -> None:
-        self._path = path
+    def __init__(self, handover: Handover) -> None:
         self._predecessors: dict[int, Predecessor] = {}
-        self._handover = Handover(path, entrances, retire, surrender)
+        self._handover = handover
         self.began = False
 
     @property
@@ -56,13 +49,18 @@ class Succession:
         return self._handover.has_begun
 
     @property
+    def is_near(self) -> bool:
+        """Say whether a successor makes ready, or serves: what is in the kernel may be its."""
+        return self._handover.is_near or self._handover.has_begun
+
+    @property
     def follows(self) -> bool:
         """Say whether there is somebody who serves until now."""
         return bool(self._predecessors)
 
     async def inherited(self) -> Entrances:
         """Return what a predecessor accepts by, if there is one."""
-        self._predecessors = await asyncio.to_thread(predecessors, self._path)
+        self._predecessors = await asyncio.to_thread(predecessors, self._handover.path)
         for number in list(self._predecessors):
             found = await self._ask(number, Predecessor.entrances)
             if found is not None:
@@ -87,7 +85,7 @@ class Succession:
         try:
             self._handover.open()
         except OSError as error:
-            reason = f"{self._path}: {error.strerror}"
+            reason = f"{self._handover.path}: {error.strerror}"
             log.info("no successor will be able to take over", extra={"reason": reason})
 
     async def wait(self, seconds: float) -> None:

@@ -4,7 +4,7 @@ It needs CAP_NET_ADMIN only, which root of a user namespace has.
 """
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from pyproxy.counters import NOTHING, Counts
@@ -13,6 +13,7 @@ from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._lookup import Unsupported
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nftarget import delete_tables
+from pyproxy.proxier._nfwhole import Whole
 from pyproxy.proxier._sockets import Shared, doors, silent
 from pyproxy.rules import tproxy
 from pyproxy.rules.listeners import Surroundings, has_affinity
@@ -91,9 +92,7 @@ class ByRules:
         self._everywhere = node_port_ips is None
 
     def commit(self) -> None:
-        messages = [] if self._is_there is None else self._entrance()
-        if self._is_there is None:
-            messages = self._base({"TCP": self.doors[0].tcp, "UDP": self.doors[0].udp})
+        messages = self._base().made() if self._is_there is None else self._entrance()
         try:
             self._nf.commit(messages + self._difference())
         except NfError as error:
@@ -121,18 +120,28 @@ class ByRules:
         for pair in self.doors:
             pair.close()
 
-    def _base(self, serving: Mapping[Proto, socket.socket]) -> list[bytes]:
-        """Return the messages that make the table, whether there is one or not."""
-        table = self._table
-        messages = [pack.new_table(table), pack.delete_table(table), pack.new_table(table)]
-        messages += [pack.new_chain(table, chain) for chain in tproxy.CHAINS]
-        messages += [pack.new_set(table, a_set) for a_set in tproxy.sets(self._family)]
+    def tables(self) -> list[Whole]:
+        if self._is_there is None:
+            return []
+        elements: dict[str, list[Element]] = {}
+        for (name, _key), element in self._there.items():
+            elements.setdefault(name, []).append(element)
+        return [self._base()._replace(elements=elements)]
+
+    def renew(self) -> None:
+        self._is_there = None
+        self._there.clear()
+        self._touched.update(self._wanted)
+
+    def _base(self) -> Whole:
+        """Return the table without elements."""
+        door = self.doors[0]
         doors = Doors(
-            {proto: address(sock) for proto, sock in serving.items()},
+            {"TCP": address(door.tcp), "UDP": address(door.udp)},
             {proto: address(sock) for proto, sock in self._sinks.items()},
         )
         rules = (*tproxy.rules(doors), *tproxy.entrance(node_ports_everywhere=self._everywhere))
-        return messages + [pack.new_rule(table, rule) for rule in rules]
+        return Whole(self._table, tproxy.CHAINS, rules, tproxy.sets(self._family))
 
     def _entrance(self) -> list[bytes]:
         """Return the messages that change where node ports are served."""

@@ -39,7 +39,7 @@ class Tracked(Outer):
         self._pending.note(changed)
         report = await self._inner.sync(plan, changed)
         if report.error is None:
-            review = self._pending.take(plan.ports)
+            review = self._pending.take(plan.ports, report.failed)
             if review:
                 await self._clean(review)
         return report

@@ -16,6 +16,7 @@ import logging
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import closing
 from math import ceil
 from socket import IPPROTO_IP, IPPROTO_IPV6, SocketType
 from typing import NamedTuple
@@ -31,7 +32,8 @@ from pyproxy.proxier._netlink import (
     attributes,
 )
 from pyproxy.proxier._nfnetlink import NfError, NfTables
-from pyproxy.proxier._nfpack import delete_table, new_chain, new_rule, new_table
+from pyproxy.proxier._nfpack import delete_table, new_table
+from pyproxy.proxier._nfwhole import Whole
 from pyproxy.proxier._sockets import OPTIONS
 from pyproxy.rules.listeners import Surroundings, origin_of
 from pyproxy.rules.nft import Chain, Hook, MatchTransparent, Rule, SetMark, Table
@@ -77,6 +79,7 @@ class Transparent:
         self._interfaces: dict[str, tuple[int, float]] = {}
         self._bridges: dict[int, tuple[bool, float]] = {}
         self._lifts: bool | None = None  # None: nobody has asked yet
+        self._udp_seconds: int | None = None  # None: another process installed what there is
         self._distrusted: dict[Address, float] = {}
 
     @property
@@ -88,19 +91,30 @@ class Transparent:
 
         A flow of UDP may be silent for ``udp_seconds``.
         """
+        self._netlink = None
         try:
             install(self._family, netlink)
         except (NfError, OSError) as error:
             fields = {"family": self._family, "reason": str(error)}
             log.info("backends will see this node instead of their clients", extra=fields)
             return
-        self._netlink = netlink
+        self._netlink, self._udp_seconds = netlink, ceil(udp_seconds)
         try:
-            lifting.install(self._family, TABLE_NAME, MARK, ceil(udp_seconds) + MARGIN_SECONDS)
+            lifting.install(self._lifted(self._udp_seconds))
+            self._lifts = True
         except NfError as error:
             fields = {"family": self._family, "reason": str(error)}
             log.info("backends on a client's bridge will see this node", extra=fields)
             self._lifts = False
+
+    def tables(self) -> list[Whole]:
+        if not self.is_on or self._udp_seconds is None:
+            return []
+        return [whole(self._family), *([self._lifted(self._udp_seconds)] if self._lifts else ())]
+
+    def renew(self) -> None:
+        if self._netlink is not None and self._udp_seconds is not None:
+            self.switch_on(self._netlink, self._udp_seconds)
 
     def join(self, netlink: Netlink) -> None:
         """Rely on what another process has installed."""
@@ -131,6 +145,9 @@ class Transparent:
         if len(self._distrusted) >= INTERFACES_KEPT:
             self._distrusted.clear()
         self._distrusted[backend] = now + DISTRUST_SECONDS
+
+    def _lifted(self, udp_seconds: int) -> Whole:
+        return lifting.whole(self._family, TABLE_NAME, MARK, udp_seconds + MARGIN_SECONDS)
 
     def _interface(self, netlink: Netlink, ip: str, now: float) -> int:
         """Return the interface that an address is behind; 0 if there is no route to it."""
@@ -187,20 +204,8 @@ def install(family: Family, netlink: Netlink) -> None:
 
     What an earlier process left is replaced.
     """
-    table = nf_table(family)
-    nf_tables = NfTables()
-    try:
-        nf_tables.commit(
-            [
-                new_table(table),
-                delete_table(table),
-                new_table(table),
-                new_chain(table, CHAIN),
-                new_rule(table, Rule(CHAIN.name, (MatchTransparent(), SetMark(MARK)))),
-            ]
-        )
-    finally:
-        nf_tables.close()
+    with closing(NfTables()) as nf_tables:
+        nf_tables.commit(whole(family).made())
     flags = NLM_F_CREATE | NLM_F_EXCL
     requests = [
         Message(RTM_NEWROUTE, flags, route(family)),
@@ -243,6 +248,11 @@ def remove(family: Family) -> str | None:
 
 NOT_THERE = (errno.ENOENT, errno.ESRCH, errno.EAFNOSUPPORT, errno.EPERM)
 NO_NF_TABLES = (errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+
+
+def whole(family: Family) -> Whole:
+    rule = Rule(CHAIN.name, (MatchTransparent(), SetMark(MARK)))
+    return Whole(nf_table(family), (CHAIN,), (rule,))
 
 
 def nf_table(family: Family) -> Table:

@@ -18,6 +18,7 @@ from pyproxy.proxier._iptarget import IpTarget, remove, remove_chains
 from pyproxy.proxier._sysctls import apply
 from pyproxy.proxier._tracked import Tracked, set_limits
 from pyproxy.reconcile import Proxier, Reconciler
+from pyproxy.rules.entries import Entry, fixed_of_iptables
 from pyproxy.rules.iptables import Ruleset, compile_owner
 from pyproxy.rules.iptables_base import INVALID_DROPPED, LOCALHOST_ACCEPTED, TABLES
 from pyproxy.rules.iptables_text import is_ours
@@ -69,6 +70,10 @@ def build(env: Env) -> Proxier:
     env.tasks.create_task(watch(tables, target, env), name=f"watch IPv{env.family}")
     compiled = partial(compile_owner, ruleset_for(env))  # owners look at its lasting part only
     return Tracked(Reconciler("iptables", env.family, compiled, target, env.clock), env)
+
+
+def fixed(env: Env) -> tuple[Entry, ...]:
+    return fixed_of_iptables(ruleset_for(env))
 
 
 def compare(target: IpTarget, env: Env) -> None:

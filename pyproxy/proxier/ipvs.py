@@ -37,6 +37,7 @@ from pyproxy.proxier._vips import RTPROT_IPVS, Vips
 from pyproxy.reconcile import Proxier, Reconciler
 from pyproxy.rules import ipvs_base
 from pyproxy.rules import nftables as table_rules
+from pyproxy.rules.entries import Entry, fixed_of_table
 from pyproxy.rules.ipvs import (
     FALLBACK,
     Content,
@@ -120,6 +121,10 @@ def build(env: Env) -> Proxier:
     env.tasks.create_task(audit(env, target), name=f"audit servers IPv{env.family}")
     inner = Reconciler("ipvs", env.family, rulesets.compiled, target, env.clock)
     return Scheduled(Tracked(inner, env), rulesets.schedulers, rulesets.wanted_schedulers)
+
+
+def fixed(env: Env) -> tuple[Entry, ...]:
+    return fixed_of_table(ipvs_base, ruleset_for(env).table)
 
 
 def connect(env: Env) -> tuple[Ipvs, Leads]:

@@ -14,7 +14,9 @@ from pyproxy.proxier._nftarget import NfTarget, delete_tables
 from pyproxy.proxier._tracked import Tracked, set_limits
 from pyproxy.reconcile import Proxier, Reconciler
 from pyproxy.rules import nft_base, nft_beside
+from pyproxy.rules.entries import Entry, fixed_of_table
 from pyproxy.rules.nft import Table
+from pyproxy.rules.nft_file import Base
 from pyproxy.rules.nftables import Ruleset, compile_owner
 
 
@@ -33,12 +35,19 @@ def prepare(config: Config) -> tuple[str, ...]:
 def build(env: Env) -> Proxier:
     audit = Audit(env, partial(ruleset_for, env), nft_base.TABLE_NAME)
     counted = COUNTED[env.config.service_metrics]
-    base = nft_beside if is_beside(env.config) else nft_base
-    target = NfTarget(partial(ruleset_for, env), audit.found, base, counted)
+    target = NfTarget(partial(ruleset_for, env), audit.found, base_of(env.config), counted)
     env.host.on_change(audit.look_around)
     env.tasks.create_task(audit.run(target), name=f"audit IPv{env.family}")
     compiled = partial(compile_owner, ruleset_for(env))  # owners look at its lasting part only
     return Tracked(Reconciler("nftables", env.family, compiled, target, env.clock), env)
+
+
+def base_of(config: Config) -> Base:
+    return nft_beside if is_beside(config) else nft_base
+
+
+def fixed(env: Env) -> tuple[Entry, ...]:
+    return fixed_of_table(base_of(env.config), ruleset_for(env))
 
 
 async def cleanup(family: Family, config: Config, *, ours: bool = True) -> str | None:

@@ -1,5 +1,7 @@
 """What a mode has written, entry by entry and in words: so that two states can be compared.
 
+Beside what Services have, there is a fixed part that depends on settings and on the node.
+
 The number of an endpoint among the others of its frontend is left out: which it has depends on
 all that went before, and means nothing. How many it has is its share.
 """
@@ -8,17 +10,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace
+
 from pyproxy.model import Family, Frontend
-from pyproxy.rules import iptables, ipvs_base, nftables
+from pyproxy.rules import iptables, iptables_base, ipvs_base, nftables
 from pyproxy.rules.ipvs import Content as IpvsContent
 from pyproxy.rules.ipvs import Destination, LocalAddress, Server
 from pyproxy.rules.listeners import Listener
 from pyproxy.rules.listeners_text import treatments
-from pyproxy.rules.nft import Element, Set, Table
+from pyproxy.rules.nft import Chain, Element, Set, Table
 from pyproxy.rules.nft_affinity import AFFINITY_SET, CHAIN
+from pyproxy.rules.nft_file import Base
 from pyproxy.rules.nft_text import element_text, rule_text
 
 SLOT = "slot"
+FIXED = "fixed chain"
 
 
 class Entry(NamedTuple):
@@ -61,6 +67,35 @@ def each(family: Family, items: Mapping[Any, Any]) -> Iterator[Entry]:
                 yield of_frontend(key, content)
             case _:
                 raise AssertionError(f"no mode has items like {key}")
+
+
+def fixed_of_table(base: Base, ruleset: nftables.Ruleset) -> tuple[Entry, ...]:
+    """Return the fixed part of a table of nf_tables."""
+    table = base.table(ruleset.family)
+    rules: dict[str, list[str]] = {chain.name: [hook_text(chain)] for chain in base.CHAINS}
+    for rule in base.rules(ruleset):
+        rules[rule.chain].append(rule_text(table, rule))
+    found = [Entry(FIXED, name, "; ".join(filter(None, texts))) for name, texts in rules.items()]
+    found += [Entry("node-port-ips", ip) for ip in ruleset.node_port_ips or ()]
+    return tuple(sorted(found))
+
+
+def fixed_of_iptables(ruleset: iptables.Ruleset) -> tuple[Entry, ...]:
+    """Return the fixed part of the tables, but for what the kernel or a program decides."""
+    plain = replace(ruleset, drop_invalid=True, random_fully=True, counted=False)
+    found = [
+        Entry(FIXED, f"{table} {chain}", "; ".join((*before, *after)))
+        for (table, chain), (before, after) in iptables_base.fixed_chains(plain).items()
+    ]
+    jumps: dict[str, list[str]] = {}
+    for table, chain, rule in iptables_base.jumps(plain):
+        jumps.setdefault(f"{table} {chain}", []).append(rule)
+    found += [Entry("jumps", name, "; ".join(rules)) for name, rules in jumps.items()]
+    return tuple(sorted(found))
+
+
+def hook_text(chain: Chain) -> str:
+    return " ".join(map(str, chain.hook)) if chain.hook is not None else ""
 
 
 def of_table(

@@ -6,7 +6,7 @@ nobody for as long as it talks. Flows of any protocol that a stricter policy, so
 node port would no longer let through are *broken*.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -81,8 +81,14 @@ class Pending:
         """Remember owners whose plan is another one, until a sync succeeds."""
         self._due.update(owners)
 
-    def take(self, ports: Mapping[ServicePortName, PortPlan]) -> Review:
+    def take(
+        self,
+        ports: Mapping[ServicePortName, PortPlan],
+        unwritten: Collection[ServicePortName] = (),
+    ) -> Review:
         """Return what the owners noted call for, now that ``ports`` is in force.
+
+        Those that are ``unwritten`` remain noted: for them it is not.
 
         The first review is of all owners, for the flows of before this process. Whatever broke
         an older rule then stays: nobody knows that rule.
@@ -91,14 +97,15 @@ class Pending:
             self._known, self._due = {}, set(ports)
         services: dict[Frontend, frozenset[Address]] = {}
         tightened: dict[Frontend, tuple[Tightened, ...]] = {}
-        for owner in sorted(self._due):
+        later = self._due.intersection(unwritten)
+        for owner in sorted(self._due - later):
             old, new = self._known.pop(owner, None), ports.get(owner)
             if new is not None:
                 self._known[owner] = new
                 services |= dict.fromkeys(affected(old, new), new.serving)
             for rule in broken(old, new):
                 tightened[rule.frontend] = (*tightened.get(rule.frontend, ()), rule)
-        self._due.clear()
+        self._due = later
         return Review(services, tightened)
 
 

@@ -29,7 +29,7 @@ from pyproxy.rules.tproxy import AFTER_DSTNAT, FRONTEND, frontend_types
 NAME: Final = "refused"
 TABLE: Final = Table(4, "pyproxy-refusals", "pyproxy, mode userspace: Services without endpoints")
 CHAIN: Final = Chain("prerouting", Hook("filter", "prerouting", AFTER_DSTNAT))
-SET: Final = Set(NAME, frontend_types(4))
+SET: Final = Set(NAME, frontend_types(4), counted=True)
 WANTED: Final = MatchSet(FRONTEND, NAME)
 RULES: Final = (  # connections that are open go on
     Rule(CHAIN.name, (MatchProto("TCP"), MatchSyn(), WANTED, Reject(reset=True))),

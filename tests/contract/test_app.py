@@ -152,6 +152,37 @@ async def test_what_it_knows_from_the_disk_only_is_told_as_old_until_it_is_liste
             assert await remarks() == ()
 
 
+async def test_a_service_that_makes_the_planner_stumble_is_named_and_the_others_are_served(
+    tmp_path, caplog
+):
+    path = str(tmp_path / "control.sock")
+    front = Address(VIP, free_port())
+    broken = service("broken", "127.0.96.2", weights=("no rule",))
+
+    def logged():
+        return tuple(r.which for r in caplog.records if r.levelname == "ERROR")
+
+    async def is_explained():
+        about = {"service": "default/broken"}
+        answer = await asyncio.to_thread(Daemon(path).ask, "explain", Explanation, about)
+        return logged() == answer.remarks != ()
+
+    async with pod() as backend:
+        services, slices = web(backend, front.port)
+        both = structs.replace(services, objects=(broken, *services.objects))
+        its = endpoint_slice("broken-1", Endpoint(backend, node="here"), of="broken")
+        them = structs.replace(slices, objects=(its, *slices.objects))
+        feed = FakeFeed(both, them, Replace("Node", (HERE,)))
+        async with running(Proxy(feed, flags={"control_socket": path})) as proxy:
+            await until(lambda: ask(opened(), front), Reply("ok", "pod-1", "127.0.0.1"))
+            await until(is_explained, True)
+            (told,) = logged()
+            assert told.startswith("default/broken: AttributeError: ")
+            assert await proxy.status() == 200
+            feed.tell(Upsert("Service", structs.replace(broken, weights=())))
+            await until(is_explained, False)
+
+
 async def test_it_is_alive_but_not_healthy_until_its_node_is_known():
     feed = FakeFeed(*NOTHING, Replace("Node", ()))
     async with running(Proxy(feed)) as proxy:

@@ -1,12 +1,16 @@
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyproxy.cache import Cache
-from pyproxy.model import Remove, Upsert
-from pyproxy.plan import Planner
+from pyproxy.model import PortPlan, Remove, Upsert
+from pyproxy.plan import Plan, Planner, plan_port
+from pyproxy.proxier import modes
 from pyproxy.reconcile import Reconciler, Verified
-from tests.builders import SITE, endpoint, endpoint_slice, owner, service
+from pyproxy.rules import iptables, ipvs, listeners, nftables
+from tests.builders import SITE, endpoint, endpoint_slice, owner, service, service_port
 from tests.conftest import JumpingLoop, LoopClock
 from tests.fakes.target import FakeTarget
 
@@ -18,6 +22,18 @@ def compile_owner(port, _before=None):
     return {route.frontend: route for route in port.routes}
 
 
+class Mode:
+    """A mode that stumbles over some owners."""
+
+    def __init__(self):
+        self.stumbles_over = set()
+
+    def compile_owner(self, port, before):
+        if port.owner in self.stumbles_over:
+            raise KeyError("no mode is without mistakes")
+        return compile_owner(port, before)
+
+
 class Node:
     """A cluster, a planner and a reconciler on a fake target."""
 
@@ -25,7 +41,8 @@ class Node:
         self.cache = Cache(4)
         self.planner = Planner()
         self.target = target
-        self.reconciler = Reconciler("fake", 4, compile_owner, target, LoopClock())
+        self.mode = Mode()
+        self.reconciler = Reconciler("fake", 4, self.mode.compile_owner, target, LoopClock())
 
     async def change(self, *changes):
         pending = set()
@@ -107,6 +124,95 @@ def service_routes(name):
     return [route for plan in node.planner.plan.ports.values() for route in plan.routes]
 
 
+async def test_an_owner_that_cannot_be_compiled_keeps_what_it_has_and_stops_nobody(node):
+    await node.change(*put(service("web")))
+    before = dict(node.target.holds)
+    node.mode.stumbles_over = {WEB, API}
+    report = await node.change(
+        *put(
+            endpoint_slice("s", endpoint(1)), service("api", "10.96.0.2"), service("c", "10.96.0.3")
+        )
+    )
+    assert report.error is None
+    assert set(report.failed) == set(report.refused) == {WEB, API}
+    mistake = "KeyError: 'no mode is without mistakes' (contract/test_reconcile.py:"
+    assert report.failed[WEB].startswith(mistake)
+    assert report.refused[WEB] == (f"{WEB}: {report.failed[WEB]}",)
+    (new,) = (route.frontend for route in node.planner.plan.ports[owner("c")].routes)
+    assert node.target.holds == before | {new: node.wanted()[new]}
+
+
+COMPILERS = {
+    "userspace": listeners.compile_owner,
+    "iptables": partial(iptables.compile_owner, iptables.Ruleset(4)),
+    "nftables": partial(nftables.compile_owner, nftables.Ruleset(4)),
+    "ipvs": partial(ipvs.compile_owner, ipvs.Ruleset(nftables.Ruleset(4), ("192.0.2.11",))),
+}
+
+
+@pytest.mark.parametrize("mode", modes())
+async def test_in_every_mode_a_port_that_cannot_be_compiled_stops_nobody(mode):
+    target = FakeTarget()
+    reconciler = Reconciler(mode, 4, COMPILERS[mode], target, LoopClock())
+    plan = Plan()
+    plan.put(WEB, plan_port(service_port(name=WEB), [endpoint(1)], SITE))
+    await reconciler.sync(plan, {WEB})
+    before = dict(target.holds)
+    api = service_port(name=API, cluster_ip="10.96.0.2")
+    plan.put(WEB, PortPlan(WEB, ("no route",), frozenset()))
+    plan.put(API, plan_port(api, [endpoint(2)], SITE))
+    report = await reconciler.sync(plan, {WEB, API})
+    assert (report.error, set(report.failed)) == (None, {WEB})
+    assert before.items() < target.holds.items()
+    assert await reconciler.verify({WEB, API}) == Verified(len(target.holds))
+
+
+@pytest.mark.parametrize("trouble", ["none", "distrust", "lost write"])
+async def test_whatever_it_has_is_kept_and_written_again_until_it_can_be_compiled(node, trouble):
+    await node.change(*put(service("web"), service("api", "10.96.0.2")))
+    before = dict(node.target.holds)
+    node.mode.stumbles_over = {WEB}
+    if trouble == "distrust":
+        node.target.holds = {}
+        node.reconciler.distrust()
+    if trouble == "lost write":
+        node.target.fail_next = 1
+        await node.change(*put(service("c", "10.96.0.3")), Remove("Service", API.service_name))
+    report = await node.change(*put(endpoint_slice("s", endpoint(1))))
+    assert (set(report.failed), report.full) == ({WEB}, trouble != "none")
+    assert before.items() - node.target.holds.items() <= {
+        (frontend, route) for frontend, route in before.items() if frontend.ip == "10.96.0.2"
+    }
+    node.mode.stumbles_over = set()
+    report = await node.change()
+    assert (report.failed, report.refused, report.changed) == ({}, {}, 1)
+    assert node.target.holds == node.wanted()
+
+
+async def test_one_that_cannot_be_compiled_goes_when_its_service_does(node):
+    await node.change(*put(service("web"), service("api", "10.96.0.2")))
+    node.mode.stumbles_over = {WEB}
+    assert WEB in (await node.change(*put(endpoint_slice("s", endpoint(1))))).failed
+    report = await node.change(Remove("Service", WEB.service_name))
+    assert (report.failed, size(report)) == ({}, (0, 0, 1))
+    assert node.target.holds == node.wanted()
+
+
+async def test_one_that_cannot_be_compiled_gives_up_what_another_wants_now(node):
+    await node.change(*put(service("web", "10.96.0.1", external_ips=("198.18.0.1",))))
+    node.mode.stumbles_over = {WEB}
+    await node.change(*put(service("web", "10.96.0.1")))
+    assert {frontend.ip for frontend in node.target.holds} == {"10.96.0.1", "198.18.0.1"}
+    await node.change(
+        *put(service("api", "10.96.0.2", external_ips=("198.18.0.1",))),
+        *put(endpoint_slice("a", endpoint(1), of="api")),
+    )
+    api = {route.frontend: route for route in node.planner.plan.ports[API].routes}
+    assert api.items() <= node.target.holds.items()
+    node.reconciler.distrust()
+    assert size(await node.change()) == (0, 0, 0)
+
+
 async def test_distrust_repairs_what_somebody_else_did(node):
     await node.change(*put(service("web"), service("api", "10.96.0.2")))
     node.target.holds.popitem()
@@ -159,18 +265,36 @@ events = st.one_of(
 )
 
 
-@given(st.lists(st.tuples(events, st.sampled_from(["ok", "fail", "steal"])), max_size=12))
-def test_increments_equal_a_rewrite_whatever_fails_in_between(history):
+def isolated(ports, broken, before):
+    """Return the state of each owner: who is broken keeps what nobody else wants."""
+    states = {o: compile_owner(port) for o, port in ports.items() if o not in broken}
+    taken = {key for state in states.values() for key in state}
+    for o in broken & ports.keys():
+        states[o] = {k: v for k, v in before.get(o, {}).items() if k not in taken}
+    return states
+
+
+troubles = st.sampled_from(["ok", "fail", "steal"])
+mistakes = st.sets(names.map(owner))
+
+
+@given(st.lists(st.tuples(events, troubles, mistakes), max_size=12))
+def test_increments_equal_a_rewrite_whatever_and_whoever_fails_in_between(history):
     async def story():
-        node = Node(FakeTarget())
-        for change, trouble in history:
+        node, states = Node(FakeTarget()), {}
+        for change, trouble, broken in history:
             if trouble == "fail":
                 node.target.fail_next = 1
             if trouble == "steal" and node.target.holds:
                 node.target.holds.popitem()
                 node.reconciler.distrust()
-            await node.change(change)
-        node.target.fail_next = 0
+            node.mode.stumbles_over = broken
+            report = await node.change(change)
+            assert report.failed.keys() <= broken
+            if report.error is None:
+                states = isolated(node.planner.plan.ports, broken, states)
+                assert node.target.holds == {k: v for s in states.values() for k, v in s.items()}
+        node.target.fail_next, node.mode.stumbles_over = 0, set()
         await node.change()
         assert node.target.holds == node.wanted()
 

@@ -172,6 +172,7 @@ def compile_all(obj):
         cache.apply(Upsert(kind, event.obj))
         cache.apply(Upsert(type(obj).__name__, obj))
         planner.update(cache.owners(), cache, SITE)
+        assert not planner.plan.failed
         for plan in planner.plan.ports.values():
             listeners.compile_owner(plan)
             for mode, compiler in COMPILERS.items():

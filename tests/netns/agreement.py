@@ -135,6 +135,7 @@ async def differences(stage, mode):
         "same": await stage.command(*as_json, mode, "-f", "manifests"),
         "local": await stage.command(*as_json, mode, "-f", local),
         "moved": await stage.command(*as_json, OTHER[mode], "-f", "manifests"),
+        "all": await stage.command(*as_json, mode, "-f", "manifests", "--masquerade-all"),
         "text": await stage.command(*words, "--mode", mode, "-f", local, "--entries"),
     }
 

@@ -81,6 +81,7 @@ class Node:
     def __init__(self, family, tasks, config, *, mode="userspace", host=None):
         self.family = family
         self.observer = Observer()
+        self.drifts = []  # table, count, who
         self.tasks = tasks
         self.host = host or PretendHost()
         clock = SystemClock()
@@ -111,6 +112,7 @@ class Node:
             node_ips=(NODE_IP[family],),
             observe=self.observer.connection,
             resync=self.lane.resync,
+            drifted=lambda *told: self.drifts.append(told),
         )
 
     @property

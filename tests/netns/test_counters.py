@@ -16,6 +16,7 @@ from pyproxy.counting import settled
 from pyproxy.model import Address
 from pyproxy.reconcile import ApplyError
 from tests.builders import owner
+from tests.netns import node as node_module
 from tests.netns.node import NODE_IP, STRANGER, VIP, proxied
 
 MODES = ("nftables", "iptables", "userspace")
@@ -150,6 +151,68 @@ async def test_packets_from_outside_the_source_ranges_are_counted(family, mode):
         found = (await Reader(node).read())[Where(WEB)]
         assert found.denied >= 1
         assert (found.rejected or 0, found.dropped or 0, found.connections) == (0, 0, 1)
+
+
+@pytest.fixture(params=["sk_lookup", "tproxy", "listeners"])
+def capture(request, monkeypatch):
+    monkeypatch.setattr(node_module, "CAPTURE", request.param)
+
+
+KEPT_OUT = {
+    "source ranges": ({"source_ranges": True}, "denied"),
+    "policy": ({"external_local": True, "type": "LoadBalancer"}, "dropped"),
+}
+
+
+@both
+@pytest.mark.parametrize("reason", KEPT_OUT)
+@pytest.mark.parametrize("proto", ["TCP", "UDP"])
+@pytest.mark.usefixtures("capture")
+async def test_in_mode_userspace_they_are_counted_however_packets_are_captured(
+    family, reason, proto
+):
+    lb = VIP[family].format(7)
+    fields, counted = KEPT_OUT[reason]
+    if "source_ranges" in fields:
+        fields = {"source_ranges": (ip_network(NODE_IP[family]),)}
+    elsewhere = Address(NODE_IP[family], 9)
+    async with proxied(family) as node:
+        await node.service("web", 1, proto=proto, load_balancer_ips=(lb,), **fields)
+        await node.endpoints("web", elsewhere, proto=proto, node="elsewhere")
+        reader = Reader(node)
+        await reader.read()
+        for _ in range(2):
+            await in_vain(node, lb, proto)
+        key = Where(owner("web", proto=proto))
+        first = getattr((await reader.read())[key], counted)
+        assert first >= 2
+        changed = Address(NODE_IP[family], 10)
+        await node.endpoints("web", elsewhere, changed, proto=proto, node="elsewhere")
+        await in_vain(node, lb, proto)
+        found = (await reader.read())[key]
+        assert getattr(found, counted) > first, "a change of endpoints begins nothing anew"
+        others = {"rejected", "dropped", "denied"} - {counted}
+        assert {name: getattr(found, name) or 0 for name in others} == dict.fromkeys(others, 0)
+
+
+async def in_vain(node, ip, proto):
+    ask = node.ask if proto == "TCP" else node.ask_udp
+    with pytest.raises(TimeoutError):
+        await ask(ip, 80, source=STRANGER[node.family])
+
+
+@pytest.mark.usefixtures("capture")
+@pytest.mark.parametrize("family", [4])
+async def test_in_mode_userspace_refusals_at_addresses_of_others_are_counted(family):
+    lb = "198.18.0.7"
+    async with proxied(family) as node:
+        await node.service("web", 1, load_balancer_ips=(lb,), type="LoadBalancer")
+        reader = Reader(node)
+        await reader.read()
+        for _ in range(3):
+            with pytest.raises(ConnectionRefusedError):
+                await node.ask(lb, source=STRANGER[family])
+        assert (await reader.read())[Where(WEB)].rejected >= 3
 
 
 @both

@@ -86,6 +86,14 @@ def test_what_is_written_differs_in_nothing_from_what_the_same_files_would_make(
     assert json.loads(output)["entries"] == []
 
 
+def test_diff_tells_rules_that_are_no_services(told):
+    code, output, _ = told["differences"]["all"]
+    entries = json.loads(output)["entries"]
+    fixed = {entry["name"] for entry in entries if entry["kind"] == "fixed chain"}
+    wanted = {"nftables": {"services"}, "iptables": {"nat KUBE-SERVICES"}, "userspace": set()}
+    assert (code, fixed) == (1, wanted[told["mode"]])
+
+
 def test_diff_tells_the_connections_that_a_stricter_policy_ends(told):
     code, output, _ = told["differences"]["local"]
     found = json.loads(output)

@@ -292,6 +292,15 @@ def test_a_review_is_of_the_owners_noted_since_the_last():
     assert not pending.take({new.owner: new})
 
 
+def test_what_is_not_in_force_yet_is_reviewed_later():
+    pending = Pending()
+    old, new = exposed(*MIXED), exposed(endpoint(1))
+    pending.take({old.owner: old})
+    pending.note({new.owner})
+    assert not pending.take({new.owner: new}, {new.owner})
+    assert pending.take({new.owner: new}).frontends == ALL
+
+
 def test_a_review_compares_with_the_last_plan_reviewed_whatever_came_between():
     pending = Pending()
     old, new = exposed(*MIXED, proto="TCP"), exposed(*MIXED, proto="TCP", external_local=True)

@@ -68,6 +68,16 @@ async def test_a_server_of_somebody_else_in_the_place_of_the_probe_stays(schedul
     assert PROBE in kernel.known
 
 
+async def test_a_service_whose_scheduler_cannot_be_worked_out_stops_nobody(schedulers):
+    def wanted(port):
+        return frozenset({{"rr": "rr"}[port.owner.service]})
+
+    inner = Inner()
+    plan = planned("rr", "mh")
+    await Scheduled(inner, schedulers, wanted).sync(plan, set(plan.ports))
+    assert inner.synced == [set(plan.ports)]
+
+
 async def test_each_service_that_lacks_its_scheduler_is_named_once(schedulers, caplog):
     inner = Inner()
     subject = Scheduled(inner, schedulers, lambda port: frozenset({port.owner.service}))

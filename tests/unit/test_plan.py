@@ -8,6 +8,7 @@ from pyproxy.model import Address, Forward, Frontend, HealthPort, ObjectName, Re
 from pyproxy.plan import Planner, plan_port
 from tests.builders import (
     SITE,
+    VIP,
     draining,
     endpoint,
     endpoint_slice,
@@ -275,6 +276,54 @@ def test_an_update_that_changes_no_duty_is_no_change():
     cluster.change(Upsert("EndpointSlice", endpoint_slice("s", endpoint(1), endpoint(2))))
     reordered = endpoint_slice("s", endpoint(2), endpoint(1))
     assert cluster.change(Upsert("EndpointSlice", reordered)) == set()
+
+
+UNPLANNABLE = {"weights": ("no rule",)}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "kept"),
+    [
+        pytest.param([], set(), id="new: nothing"),
+        pytest.param([service("a")], {VIP}, id="changed: as it was"),
+        pytest.param([service("a", external_ips=("198.18.0.9",))], {VIP, "198.18.0.9"}, id="all"),
+    ],
+)
+def test_an_owner_that_cannot_be_planned_keeps_its_plan_and_stops_nobody(earlier, kept):
+    cluster = Cluster()
+    cluster.change(Upsert("EndpointSlice", endpoint_slice("s", endpoint(1), of="a")))
+    for known in earlier:
+        cluster.change(Upsert("Service", known))
+    before = dict(cluster.planner.plan.ports)
+    changes = [
+        Upsert("Service", service("a", **UNPLANNABLE)),
+        Upsert("Service", service("b", "10.96.0.2")),
+    ]
+    owners = {owner for change in changes for owner in cluster.cache.apply(change)}
+    changed = cluster.planner.update(owners, cluster.cache, SITE)
+    plan = cluster.planner.plan
+    assert {o.service for o in changed} == {"b"}
+    assert {r.frontend.ip for o, p in before.items() for r in plan.ports[o].routes} == kept
+    assert {o: plan.ports[o] for o in before} == before
+    ((failed, why),) = plan.failed.items()
+    assert failed == owner("a")
+    assert why.startswith("AttributeError: 'str' object has no attribute")
+    assert "pyproxy/" in why
+
+    cluster.cache.apply(Upsert("Service", service("a")))
+    assert {o.service for o in cluster.planner.update((), cluster.cache, SITE)} <= {"a"}
+    assert not plan.failed
+    assert cluster.owner_of(Frontend(VIP, 80, "TCP")) == ["a"]
+
+
+def test_an_owner_that_cannot_be_planned_goes_when_its_service_does():
+    cluster = Cluster()
+    cluster.change(Upsert("EndpointSlice", endpoint_slice("s", endpoint(1), of="a")))
+    cluster.change(Upsert("Service", service("a", **UNPLANNABLE)))
+    assert cluster.planner.plan.failed
+    cluster.change(Remove("Service", ObjectName("default", "a")))
+    assert not cluster.planner.plan.failed
+    assert not cluster.planner.plan.ports
 
 
 def test_the_ports_of_a_service_share_one_health_port():

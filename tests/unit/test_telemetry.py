@@ -9,7 +9,7 @@ from pyproxy.metrics import Metrics
 from pyproxy.model import ObjectName, Remove, Replace, Upsert
 from pyproxy.report import SyncReport
 from pyproxy.telemetry import SHOWN, Telemetry
-from tests.builders import endpoint_slice, service
+from tests.builders import endpoint_slice, owner, service
 
 NOW = 1_700_000_000.0
 WEB = ObjectName("default", "web")
@@ -227,6 +227,20 @@ def test_trouble_with_a_frontend_is_told_when_it_begins_and_ends(observed, told,
     observed.synced()
     observed.synced()
     assert told() == [("INFO", "over", event, 1)]
+
+
+def test_a_service_that_is_our_mistake_is_an_error_with_its_name_and_ours(observed, told):
+    gauge = "pyproxy_failed_service_ports"
+    failed = {owner("web", "http"): "KeyError: 'x' (rules/nft.py:7)"}
+    for _ in range(2):
+        observed.synced(failed=failed)
+    which = "default/web:http: KeyError: 'x' (rules/nft.py:7)"
+    assert told() == [("ERROR", "Services stay as they were", 1, which)]
+    assert observed.samples(gauge)[f'{gauge}{{ip_family="IPv4"}}'] == 1
+    observed.synced()
+    assert told() == [("INFO", "over", "Services stay as they were", 1)]
+    assert observed.samples(gauge)[f'{gauge}{{ip_family="IPv4"}}'] == 0
+    assert observed.is_healthy()
 
 
 def test_only_what_is_new_is_told_and_not_all_of_very_many(observed, told):
