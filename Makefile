@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODE ?= userspace
 KIT ?= ../shared/conformance
+# How many tests of the kernel run at once: they wait more than they compute.
+WORKERS ?= 2
 # Tools of the tests and of the demo, and the Debian packages that have them.
 TOOLS := ip:iproute2 unshare:util-linux nft:nftables iptables:iptables conntrack:conntrack ipset:ipset
 # What python-iptables is built with: there is no wheel of it.
@@ -40,7 +42,7 @@ check: $(VENV)/ready tools  ## the fast part of the tests: no root, no namespace
 	$(BIN)/pytest -q -n auto tests --ignore=tests/netns --ignore=tests/guest
 
 netns: setup tools image  ## the tests on the real kernel, in namespaces of their own
-	$(call isolated,$(BIN)/pytest -q tests/netns)
+	$(BIN)/pytest -q tests/netns --dist worksteal --tx '$(WORKERS)*popen//python=tests/netns/isolated $(BIN)/python'
 
 guest: setup  ## the tests on a kernel with ip_vs and SCTP, in a virtual machine: root on amd64, minutes
 	@if [ "$$(id -u)" != 0 ] && [ -z "$${CI:-}" ]; then \
@@ -96,6 +98,3 @@ need = missing=; for pair in $(1); do \
 install = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(1) >/dev/null; \
 	else echo "missing: $(1) (as root: apt-get install $(1))" >&2; exit 1; fi
-
-# Root gets namespaces of network and mounts; everybody else a user namespace with them.
-isolated = unshare --net --mount $$(test "$$(id -u)" = 0 || echo --map-root-user) $(1)

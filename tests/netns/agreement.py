@@ -53,10 +53,8 @@ async def compared(stage, most):
             case = answer.frontends[0].cases[0]
             forwards = case.action == "forward"
             requests, seconds = (most, PATIENCE_SECONDS) if forwards else (2, SILENCE_SECONDS)
-            replies = [
-                await ask(stage.lab.socket(origin.namespace, where.ip), where, seconds)
-                for _ in range(requests)
-            ]
+            sockets = [stage.lab.socket(origin.namespace, where.ip) for _ in range(requests)]
+            replies = await asyncio.gather(*(ask(sock, where, seconds) for sock in sockets))
             count += requests
             told = {"asked": f"{origin.name} {where}", "case": case.action, "reason": case.reason}
             disagreements += [told | {"wrong": text} for text in wrong(case, origin, replies)]

@@ -1,5 +1,6 @@
 """A network namespace to break things in: these tests refuse to run in the host's own."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def in_host_namespace():
 def namespace():
     """Addresses of the node, of a stranger and of a pod, all on lo of a namespace of our own."""
     if in_host_namespace():
-        reason = "run it as: unshare -rnm pytest tests/netns (make netns does)"
+        reason = "run it as: tests/netns/isolated pytest tests/netns (make netns does)"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
@@ -45,6 +46,14 @@ def namespace():
     batch = subprocess.Popen(["ip", "-batch", "-"], stdin=subprocess.PIPE, text=True)
     batch.communicate("\n".join(lines))
     assert batch.returncode == 0
+
+
+@pytest.fixture
+def process_names():
+    """For who looks at the names of all processes, or has one that is looked for: one at a time."""
+    with Path(__file__).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def may_load():

@@ -112,12 +112,12 @@ class Lab:
         fresh.rename(self._folder / "state" / "all.yaml")
 
     def answers(self, family):
-        found = {}
-        for name in ("pod", "node", "client"):
-            words = self._enter(name, sys.executable, "-c", CLIENT, BALANCED[family])
-            with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as client:
-                found[name] = client.communicate()[0].strip()
-        return found
+        script = (sys.executable, "-c", CLIENT, BALANCED[family])
+        asking = {
+            name: subprocess.Popen(self._enter(name, *script), stdout=subprocess.PIPE, text=True)
+            for name in ("pod", "node", "client")
+        }
+        return {name: client.communicate()[0].strip() for name, client in asking.items()}
 
     def comes_to(self, expected):
         """Wait until each asks both families and gets these answers."""

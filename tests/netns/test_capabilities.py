@@ -55,7 +55,10 @@ def deployed(folder, api, *components, host=()):
             "CLUSTER_CIDR": "10.244.0.0/16",
         },
     }
-    return Pod(only("DaemonSet", text), data, folder, service_account(folder), host)
+    daemonset = only("DaemonSet", text)
+    (container,) = daemonset["spec"]["template"]["spec"]["containers"]
+    container["args"].append("--userspace-drain-timeout=0s")  # no successor comes
+    return Pod(daemonset, data, folder, service_account(folder), host)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -14,7 +14,7 @@ from pyproxy.doctor.look_closer import flows
 from pyproxy.model import Frontend
 from pyproxy.proxier._flavour import programs_of
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("process_names")]
 
 LIMIT_SECONDS = 60
 MANIFEST = """
@@ -198,7 +198,8 @@ def test_it_changes_nothing(examined):
 
 def test_it_works_without_rights_and_says_what_it_could_not_see():
     bare = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all")
-    code, output, errors = ran(*bare, sys.executable, "-m", "pyproxy", "doctor")
+    with sysctl("net/ipv4/ip_forward", "0"):
+        code, output, errors = ran(*bare, sys.executable, "-m", "pyproxy", "doctor")
     assert (code, errors) == (1, "")
     assert "not looked at: rules of iptables" in output
     assert "not looked at: rules of nf_tables" in output

@@ -27,7 +27,7 @@ def printed(*words):
 
 
 @pytest.mark.parametrize("name", ["pyproxy", "kube-proxy"])
-def test_pyproxy_is_there_under_both_names(name):
+def test_pyproxy_is_there_under_both_names(name, process_names):
     assert printed(f"/usr/local/bin/{name}", "--version") == f"pyproxy {__version__}\n"
 
 
