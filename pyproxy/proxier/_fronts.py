@@ -19,31 +19,23 @@ from pyproxy.proxier._datagrams import Datagrams
 from pyproxy.proxier._flow import UdpRelay
 from pyproxy.proxier._given import Bound, Entrances, GivenFlow
 from pyproxy.proxier._meter import Carried, Meter
+from pyproxy.proxier._openings import Openings
 from pyproxy.proxier._sockets import (
     Shared,
-    attach_guard,
-    check_free,
     destination,
-    detach_guard,
     dropped_at,
-    listening,
     why_not,
 )
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import UdpFront
 from pyproxy.proxier._way import Capture
 from pyproxy.reconcile import Difference
-from pyproxy.rules.guard import DROP_ALL, Program, guard
 from pyproxy.rules.listeners import (
     Listener,
     Surroundings,
     admits_all,
-    needs_guard,
-    owns_address,
     stance,
 )
-
-WILDCARD: Mapping[Family, str] = {4: "0.0.0.0", 6: "::"}
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +66,10 @@ class Fronts:
     ) -> None:
         """``checks_ports`` unless another process does: those of other programs are theirs."""
         self._checks_ports = checks_ports
-        self._family = family
         self._tcp = tcp
         self._udp = udp
         self.capture = capture
-        self._inherited = dict(inherited)  # sockets of frontends' own, until they are there again
+        self._openings = Openings(family, tcp, udp, inherited)
         self._outdated: list[TcpFront | UdpFront] = []  # until the capture leads elsewhere
         self._datagrams: dict[Shared, Datagrams] = {}  # of the doors that we look after
         self.sockets: list[socket.socket] = []  # likewise, those for connections
@@ -88,8 +79,6 @@ class Fronts:
         self._committed = False
         self._held: dict[Frontend, Held] = {}
         self._of_owner: dict[ServicePortName, dict[Frontend, Listener]] = {}
-        self._around = Surroundings()
-        self._node_port_ips: Sequence[str] | None = None  # None: all there are
 
     def held(self) -> set[Frontend]:
         return set(self._held)
@@ -165,7 +154,7 @@ class Fronts:
         before = self._held.get(frontend)
         front = before.front if before is not None else None
         taken = self.capture.takes(listener.route)
-        foreign = self._is_foreign(frontend, listener)
+        foreign = self._openings.is_foreign(frontend, listener)
         held = Held(listener, front, taken, foreign)
         if before is not None:
             same = why_kept_out(before.listener) == why_kept_out(listener)
@@ -175,7 +164,7 @@ class Fronts:
             held.front = None
         try:
             if taken and self._checks_ports and (before is None or not before.taken):
-                self._check_free(frontend)
+                self._openings.check_free(frontend)
             self._serve(frontend, held, picker)
             self._held[frontend] = held
             self._own(frontend, listener, before)
@@ -193,20 +182,22 @@ class Fronts:
             if front is not None:
                 front.close()
         elif front is None:
-            held.front = self._open(frontend, held, picker)
+            held.front = (
+                self._openings.front(frontend, listener, picker)
+                if held.taken
+                else self._openings.open(frontend, listener, picker, foreign=held.foreign)
+            )
             held.dropped_before = dropped(held.front)
         else:
             front.update(listener, picker)
             if not held.taken:
-                self._protect(front.sockets, listener)
+                self._openings.protect(front.sockets, listener)
 
     def commit(self) -> None:
         """Have all changes in effect, and close what they replace. Raises ``OSError``."""
         self.capture.commit()
         self._committed = True
-        for sock in self._inherited.values():
-            sock.close()  # of a frontend that is no more
-        self._inherited.clear()
+        self._openings.drop_inherited()
         for front in self._outdated:
             front.close()
         self._outdated.clear()
@@ -318,8 +309,7 @@ class Fronts:
 
     def surround(self, around: Surroundings, node_port_ips: Sequence[str] | None) -> None:
         """Take in that the node's addresses are others: guards, and where node ports listen."""
-        moved = node_port_ips != self._node_port_ips
-        self._around, self._node_port_ips = around, node_port_ips
+        moved = self._openings.surround(around, node_port_ips)
         self.capture.surround(around, node_port_ips)
         if self._committed:
             self.capture.commit()
@@ -336,82 +326,6 @@ class Fronts:
                 self.close(frontend)
                 problem = why_not(error, frontend.port)
                 log.error("not served", extra={"frontend": str(frontend), "error": problem})
-
-    def _open(self, frontend: Frontend, held: Held, picker: Picker) -> TcpFront | UdpFront:
-        sockets: list[socket.socket] = []
-        if held.taken:
-            return self._front_with(frontend, held, (), picker)
-        ips = self._ips(frontend)
-        program = self._program(held.listener)
-        wildcard = WILDCARD[self._family] in ips
-        try:
-            for ip in ips:
-                sock = self._inherited.pop(Bound(ip, frontend.port, frontend.proto), None)
-                sockets.append(
-                    sock
-                    or listening(
-                        ip,
-                        frontend.port,
-                        frontend.proto,
-                        program,
-                        wildcard=wildcard,
-                        transparent=held.foreign,
-                    )
-                )
-                if sock is not None:
-                    protect(sock, program)
-        except OSError:
-            for sock in sockets:
-                sock.close()
-            raise
-        return self._front_with(frontend, held, sockets, picker, wildcard=wildcard)
-
-    def _front_with(
-        self,
-        frontend: Frontend,
-        held: Held,
-        sockets: Sequence[socket.socket],
-        picker: Picker,
-        *,
-        wildcard: bool = False,
-    ) -> TcpFront | UdpFront:
-        if frontend.proto == "TCP":
-            return TcpFront(self._tcp, sockets, held.listener, picker)
-        return UdpFront(self._udp, sockets, held.listener, picker, wildcard=wildcard)
-
-    def _ips(self, frontend: Frontend) -> Sequence[str]:
-        """Return the addresses of a frontend; of a node port that is everywhere, the wildcard."""
-        if frontend.ip:
-            return (frontend.ip,)
-        return (WILDCARD[self._family],) if self._node_port_ips is None else self._node_port_ips
-
-    def _check_free(self, frontend: Frontend) -> None:
-        """See that no program of this node would lose its port to us. Raises ``OSError``."""
-        if not frontend.ip or frontend.ip in self._around.node_ips:
-            for ip in self._ips(frontend):
-                check_free(ip, frontend.port, frontend.proto)
-
-    def _is_foreign(self, frontend: Frontend, listener: Listener) -> bool:
-        own = self._around.node_ips
-        return bool(frontend.ip) and not owns_address(listener.route) and frontend.ip not in own
-
-    def _protect(self, sockets: Sequence[socket.socket], listener: Listener) -> None:
-        program = self._program(listener)
-        for sock in sockets:
-            protect(sock, program)
-
-    def _program(self, listener: Listener) -> Program | None:
-        if stance(listener.route) == "silent":
-            return DROP_ALL
-        if not needs_guard(listener.route):
-            return None
-        program = guard(listener.route, self._around, self._family)
-        if program is None:
-            log.warning(
-                "too many source ranges for a socket filter: others are refused, not dropped",
-                extra={"service": str(listener.owner)},
-            )
-        return program
 
     def _own(self, frontend: Frontend, listener: Listener, before: Held | None) -> None:
         if before is not None and before.listener.owner != listener.owner:
@@ -448,10 +362,3 @@ def is_open(sock: socket.socket) -> bool:
         return False
     is_stream = sock.type == socket.SOCK_STREAM
     return not is_stream or bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-
-
-def protect(sock: socket.socket, program: Program | None) -> None:
-    if program is not None:
-        attach_guard(sock, program)
-    else:
-        detach_guard(sock)

@@ -12,7 +12,7 @@ import pytest
 from pyproxy.config import Config, IPTables
 from pyproxy.host import Host
 from pyproxy.model import Address
-from pyproxy.proxier import userspace
+from pyproxy.proxier import _usertarget
 from pyproxy.proxier._capture import WAYS
 from pyproxy.proxier._capture import why_not as why_not_captured
 from pyproxy.proxier._lookup import Lookup, Unsupported
@@ -268,7 +268,7 @@ async def test_an_open_connection_outlives_its_endpoint_and_its_service(family):
 
 @both
 async def test_an_open_connection_outlives_the_address_it_came_by(family, monkeypatch):
-    monkeypatch.setattr(userspace, "LEAVING_SECONDS", 0.05)
+    monkeypatch.setattr(_usertarget, "LEAVING_SECONDS", 0.05)
     async with Backend(family, "a") as a, proxied(family) as node:
         await node.service("web", 1)
         await node.endpoints("web", a.address)
