@@ -9,7 +9,6 @@ import errno
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from msgspec.structs import replace
 
@@ -19,9 +18,11 @@ from pyproxy.model import ServicePortName
 from pyproxy.proxier import _nfcount
 from pyproxy.proxier import _nfpack as pack
 from pyproxy.proxier._nfcompare import compared, plain
+from pyproxy.proxier._nfheld import Held, differences
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nfpack import RuleForm, rule_form, set_form
 from pyproxy.proxier._nfread import OWN_RUN
+from pyproxy.proxier._nfwhole import Whole
 from pyproxy.reconcile import ApplyError, Difference
 from pyproxy.rules import nft_base
 from pyproxy.rules.nft import Chain, Element, Rule, Set, Table, packed_ip
@@ -30,22 +31,8 @@ from pyproxy.rules.nft_file import Base
 from pyproxy.rules.nftables import Item, Ruleset
 
 IN_A_THREAD = 2000  # items: fewer are written before a thread would have started
-K = TypeVar("K")
-V = TypeVar("V")
 NODE_PORT_IPS = "node-port-ips"
 MOST_ENDED = 10_000  # counts that are kept for the next who reads counters
-
-
-Forms = tuple[RuleForm, ...]
-
-
-@dataclass(slots=True)
-class Held:
-    """What the kernel's table holds."""
-
-    elements: dict[str, dict[bytes, Content]] = field(default_factory=dict)
-    chains: dict[str, Forms] = field(default_factory=dict)
-    affinity_sets: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -229,12 +216,8 @@ class NfTarget:
 
     def _from_nothing(self, ruleset: Ruleset) -> list[bytes]:
         """Return the fixed part as messages; a table of this name goes in the same moment."""
-        table = self._table
-        messages = [pack.new_table(table), pack.delete_table(table), pack.new_table(table)]
-        messages += [pack.new_set(table, a_set) for a_set in self._sets()]
-        messages += [pack.new_chain(table, chain) for chain in self._base.CHAINS]
-        messages += [pack.new_rule(table, rule) for rule in self._base.rules(ruleset)]
-        return messages + self._node_port_ips(ruleset, [])
+        whole = Whole(self._table, self._base.CHAINS, self._base.rules(ruleset), self._sets())
+        return whole.made() + self._node_port_ips(ruleset, [])
 
     def _mended(self, ruleset: Ruleset, forms: Mapping[str, list[RuleForm]]) -> list[bytes]:
         """Return messages for the fixed chains whose rules are not as they should be."""
@@ -418,17 +401,3 @@ def delete_tables(tables: Iterable[Table]) -> None:
                     raise
     finally:
         nf.close()
-
-
-def differences(one: Held, other: Held) -> int:
-    """Return how many elements, chains and sets are not the same."""
-    names = one.elements.keys() | other.elements.keys()
-    count = sum(unlike(one.elements.get(n, {}), other.elements.get(n, {})) for n in names)
-    count += unlike(one.chains, other.chains)
-    return count + unlike(one.affinity_sets, other.affinity_sets)
-
-
-def unlike(one: Mapping[K, V], other: Mapping[K, V]) -> int:
-    if one == other:
-        return 0
-    return sum(one.get(key) != other.get(key) for key in one.keys() | other.keys())
