@@ -299,6 +299,7 @@ def nft_ruleset(scene: Scene) -> Ruleset:
         masquerade_all=masquerade_all(config, config.mode),
         node_port_ips=None if ranges is None else serving(scene, ranges),
         service_cidrs=() if is_beside(config) else networks_of(scene.service_cidrs, family),
+        service_metrics=config.service_metrics,
     )
 
 

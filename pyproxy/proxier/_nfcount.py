@@ -1,6 +1,6 @@
 """Reads what the elements of a table have counted: new connections, and packets of refused ones."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from ipaddress import ip_address
 
@@ -12,13 +12,15 @@ from pyproxy.rules.nftables import NODE_PORT, SERVICE, Item
 
 DENIED = "denied"
 FRONTENDS = frozenset({SERVICE.frontends, NODE_PORT.frontends})
-REFUSALS = frozenset({
-    SERVICE.refusals, NODE_PORT.refusals, SERVICE.silent, NODE_PORT.silent, DENIED,
-})  # fmt: skip
+STRANGERS = frozenset({SERVICE.silent, NODE_PORT.silent, DENIED})
+REFUSALS = STRANGERS | {SERVICE.refusals, NODE_PORT.refusals}
 ENDPOINTS = frozenset({
     SERVICE.endpoints, SERVICE.local_endpoints, NODE_PORT.endpoints, NODE_PORT.local_endpoints,
 })  # fmt: skip
-# By the setting: a counter costs memory and a few nanoseconds of each lookup.
+# All elements of these count, if any do. Of others each says so by itself.
+WHOLLY = STRANGERS | ENDPOINTS
+# By the setting: where elements count. Each time costs memory, and a few nanoseconds of a packet,
+# so that what goes to endpoints is not counted at its frontend again.
 COUNTED: Mapping[str, frozenset[str]] = {
     "off": frozenset(),
     "service": FRONTENDS | REFUSALS,
@@ -31,7 +33,9 @@ COUNTED_BESIDE = REFUSALS
 def read(table: Table, names: Iterable[str]) -> list[Entry[Item]]:
     """Return what all elements of these sets have counted. Raises ``NfError`` and ``OSError``."""
     with closing(NfTables()) as nf:
-        return [entry(name, each) for name in names for each in nf.counters(table, name)]
+        return [
+            entry for name in names for each in nf.counters(table, name) for entry in of(name, each)
+        ]
 
 
 def last(nf: NfTables, table: Table, doomed: Mapping[str, Iterable[Element]]) -> list[Entry[Item]]:
@@ -45,18 +49,21 @@ def last(nf: NfTables, table: Table, doomed: Mapping[str, Iterable[Element]]) ->
             counted = nf.counters(table, name, [element.key for element in elements])
         except NfError:
             continue
-        found += [entry(name, each)._replace(ended=True) for each in counted]
+        found += [entry._replace(ended=True) for each in counted for entry in of(name, each)]
     return found
 
 
-def entry(name: str, element: CountedElement) -> Entry[Item]:
+def of(name: str, element: CountedElement) -> Iterator[Entry[Item]]:
+    """Yield what an element tells of its Service, and of its endpoint if it is one's."""
     item = Item(name, element.key)
+    if name in REFUSALS:
+        yield Entry(item, None, refused(name, element))
+        return
+    counts = Counts(connections=element.packets)
+    yield Entry(item, None, counts)
     if name in ENDPOINTS:
         assert isinstance(element.data, bytes), "an endpoint is an address and a port"
-        return Entry(item, address_in(element.data), Counts(connections=element.packets))
-    if name in FRONTENDS:
-        return Entry(item, None, Counts(connections=element.packets))
-    return Entry(item, None, refused(name, element))
+        yield Entry(item, address_in(element.data), counts)
 
 
 def refused(name: str, element: CountedElement) -> Counts:

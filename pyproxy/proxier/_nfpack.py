@@ -48,6 +48,7 @@ NEWSETELEM, GETSETELEM, DELSETELEM = range(12, 15)
 NEWGEN, GETGEN = 15, 16
 APPEND = 0x800
 SET_EXPRESSION = 17  # that each element of a set gets
+ELEMENT_EXPRESSION = 7  # that one element has
 COUNTER = string(1, "counter")
 
 HOOKS: tuple[HookName, ...] = ("prerouting", "input", "forward", "output", "postrouting")
@@ -395,6 +396,8 @@ def _packed_element(element: Element) -> bytes:
             body += value_data(2, element.data)
         case None:
             pass
+    if element.counted:
+        body += attribute(ELEMENT_EXPRESSION, COUNTER)
     return attribute(LIST_ELEM, body + _comment(6, element.comment))
 
 

@@ -17,13 +17,13 @@ from pyproxy.proxier._nfexpr import (
     VERDICTS,
 )
 from pyproxy.proxier._nfform import is_anonymous, plain_attributes
-from pyproxy.proxier._nfpack import HOOKS, uniform_template
+from pyproxy.proxier._nfpack import ELEMENT_EXPRESSION, HOOKS, uniform_template
 from pyproxy.rules.nft import Chain, Element, Hook, HookType, Verdict, VerdictKind
 
 GENERIC = 4  # struct nfgenmsg, between the header and the attributes
 SIGNED = struct.Struct("=i")
 NLM_F_ACK_TLVS = 0x200
-COUNTING, COUNTED_PACKETS = 7, 2  # an element's expression; of a counter
+COUNTED_PACKETS = 2  # of a counter
 KERNEL_TEXT = 1  # NLMSGERR_ATTR_MSG
 
 _VERBS = ("new", "get", "delete")
@@ -134,9 +134,9 @@ def counters_in(data: bytes) -> Iterator[tuple[bytes, bytes | Verdict | None, in
     """Yield key, data and packets of the elements in one message that count."""
     for _, element in attributes(data, 0):
         parts = dict(plain_attributes(element))
-        if COUNTING in parts:
+        if ELEMENT_EXPRESSION in parts:
             key = dict(plain_attributes(parts[1]))[DATA_VALUE]
-            expression = dict(plain_attributes(parts[COUNTING]))
+            expression = dict(plain_attributes(parts[ELEMENT_EXPRESSION]))
             numbers = dict(plain_attributes(expression[2]))
             yield key, _element_data(parts.get(2, b"")), _number(numbers[COUNTED_PACKETS])
 
@@ -162,7 +162,9 @@ def _elements(data: bytes) -> Iterator[Element]:
         parts = dict(plain_attributes(element))
         key_end = dict(plain_attributes(parts[10]))[DATA_VALUE] if 10 in parts else None
         key = dict(plain_attributes(parts[1]))[DATA_VALUE]
-        yield Element(key, key_end, _element_data(parts.get(2, b"")), comment_in(parts.get(6, b"")))
+        comment = comment_in(parts.get(6, b""))
+        counted = bool(comment) and ELEMENT_EXPRESSION in parts
+        yield Element(key, key_end, _element_data(parts.get(2, b"")), comment, counted)
 
 
 @lru_cache(maxsize=1024)

@@ -66,7 +66,7 @@ class NfTarget:
         """``ruleset`` returns what the fixed part shall be at that moment.
 
         ``on_drift`` hears how many things somebody else has changed, when that is found out.
-        The elements of the sets ``counted`` count the packets that find them.
+        Elements of the sets ``counted`` count the packets that find them.
         """
         self._ruleset = ruleset
         self._base = base
@@ -141,16 +141,17 @@ class NfTarget:
         """
         if not self._counted:
             raise ApplyError("mode nftables counts only with --service-metrics")
-        names = [n for n in self._counted if by_endpoint or n not in _nfcount.ENDPOINTS]
         try:
-            found = await asyncio.to_thread(_nfcount.read, self._table, names)
+            found = await asyncio.to_thread(_nfcount.read, self._table, self._counted)
         except (NfError, OSError) as error:
             raise ApplyError(str(error)) from error
-        ended = [entry for entry in self._ended if entry.key.container in names]
-        kept = [entry for entry in self._ended if entry.key.container not in names]
-        self._ended.clear()
-        self._ended.extend(kept)
-        return ended + found
+        if by_endpoint:
+            found = [*self._ended, *found]
+            self._ended.clear()
+            return found
+        found = [e for e in (*self._ended, *found) if e.endpoint is None]
+        self._ended = deque((e for e in self._ended if e.endpoint is not None), MOST_ENDED)
+        return found
 
     async def clear(self) -> None:
         """Delete the table, whoever made it. Raises ``ApplyError``."""
@@ -203,7 +204,7 @@ class NfTarget:
 
     def _sets(self) -> tuple[Set, ...]:
         return tuple(
-            replace(a_set, counted=True) if a_set.name in self._counted else a_set
+            replace(a_set, counted=a_set.name in self._counted & _nfcount.WHOLLY)
             for a_set in self._base.sets(self._table.family)
         )
 

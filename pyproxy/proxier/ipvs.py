@@ -186,6 +186,7 @@ def ruleset_for(env: Env) -> Ruleset:
         masquerade_all=masquerade_all(config, "ipvs"),
         node_port_ips=node_ips,
         service_cidrs=networks_of(sorted(env.service_cidrs()), env.family),
+        service_metrics=config.service_metrics,
     )
     return Ruleset(table, node_ips, config.ipvs.scheduler or FALLBACK)
 

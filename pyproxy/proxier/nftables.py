@@ -75,4 +75,5 @@ def ruleset_for(env: Env) -> Ruleset:
         service_cidrs=(
             () if is_beside(config) else networks_of(sorted(env.service_cidrs()), env.family)
         ),
+        service_metrics=config.service_metrics,
     )

@@ -113,7 +113,7 @@ def of_table(
     name, _, data = text.partition(" : ")
     if SLOT in a_set.key:
         return Entry(a_set.name, f"{name.rpartition(' . ')[0]} -> {data}")
-    return Entry(a_set.name, name.partition(" comment ")[0], data)
+    return Entry(a_set.name, name.partition(" comment ")[0].removesuffix(" counter"), data)
 
 
 def of_iptables(item: iptables.Item, content: iptables.Content) -> Entry:

@@ -45,6 +45,7 @@ from pyproxy.rules.nftables import (
     pool_entrance,
     pool_of,
     refusal,
+    refused,
     silenced,
     whole_entrance,
 )
@@ -241,17 +242,16 @@ def table_items(
     before: Mapping[Key, Content],
 ) -> Items:
     """Return what the table has for a frontend: a refusal, or a chain if it needs one."""
-    comment = str(port.owner)
     verdict = refusal(route)
     if verdict is not None:
-        return {Item(place.refusals, key): Element(key, data=verdict, comment=comment)}
+        return {Item(place.refusals, key): refused(ruleset, port.owner, key, verdict)}
     if route.kind == "ClusterIP":
         return {}  # masquerading is a rule of the fixed part
     passes = isinstance(route.from_node, Pass)
     entrance = (whole_entrance if passes else entrance_for)(ruleset, port, route, place)
     items: Items = {Item(box, name, port.owner): what for box, name, what in entrance.needs}
     goto = Verdict("goto", entrance.chain)
-    items[Item(place.frontends, key)] = Element(key, data=goto, comment=comment)
+    items[Item(place.frontends, key)] = Element(key, data=goto, comment=str(port.owner))
     items |= widened(silenced(route, place, key))
     if passes or picks_apart(route):
         numbered = numbered_endpoints(route, place, key, table_part(before))

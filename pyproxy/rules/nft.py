@@ -285,12 +285,16 @@ class Rule(Struct, frozen=True):
 
 
 class Element(Struct, frozen=True, gc=False):
-    """What a set contains. ``key_end`` is the last key of an interval, itself included."""
+    """What a set contains. ``key_end`` is the last key of an interval, itself included.
+
+    One that counts has a comment, too: of all others, no reader looks whether they do.
+    """
 
     key: bytes
     key_end: bytes | None = None
     data: bytes | Verdict | None = None
     comment: str = ""
+    counted: bool = False  # packets that find it, in a set whose elements do not count all
 
 
 def clipped(comment: str) -> str:

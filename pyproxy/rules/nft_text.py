@@ -294,6 +294,8 @@ def _example_text(table: Table, kind: TypeName) -> str:
 
 def element_text(a_set: Set, element: Element) -> str:
     words = key_text(a_set.key, element.key, element.key_end)
+    if element.counted:
+        words += " counter"
     if element.comment:
         words += f' comment "{clipped(element.comment)}"'
     if isinstance(element.data, Verdict):

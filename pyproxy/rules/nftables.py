@@ -102,6 +102,7 @@ class Ruleset(Struct, frozen=True):
     masquerade_all: bool = False
     node_port_ips: tuple[str, ...] | None = None  # None: every address of the node
     service_cidrs: tuple[Network, ...] = ()
+    service_metrics: str = "off"  # what is counted, as in the configuration
 
 
 def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Content]) -> Items:
@@ -111,20 +112,20 @@ def compile_owner(ruleset: Ruleset, port: PortPlan, before: Mapping[Item, Conten
     goes moves at most one other.
     """
     items: Items = {}
-    comment = str(port.owner)
     for route in port.routes:
         place = SERVICE if route.frontend.ip else NODE_PORT
         key = frontend_key(route.frontend)
         verdict = refusal(route)
         if verdict is not None:
-            element = Element(key, data=verdict, comment=comment)
-            items[Item(place.refusals, key)] = element
+            items[Item(place.refusals, key)] = refused(ruleset, port.owner, key, verdict)
         else:
             entrance = whole_entrance(ruleset, port, route, place)
             for container, name, content in entrance.needs:
                 items[Item(container, name, port.owner)] = content
             goto = Verdict("goto", entrance.chain)
-            items[Item(place.frontends, key)] = Element(key, data=goto, comment=comment)
+            items[Item(place.frontends, key)] = Element(
+                key, data=goto, comment=str(port.owner), counted=is_counted(ruleset, route, place)
+            )
             items |= numbered_endpoints(route, place, key, before) | silenced(route, place, key)
         if route.kind == "ClusterIP":
             items[Item("cluster-ips", packed_ip(route.frontend.ip), port.owner)] = PRESENT
@@ -145,6 +146,22 @@ def refusal(route: Route) -> Verdict | None:
     if all(isinstance(action, Drop) for action in actors):
         return DROP_STRANGERS if some_pass else Verdict("drop")
     return None
+
+
+def refused(ruleset: Ruleset, owner: ServicePortName, key: bytes, verdict: Verdict) -> Element:
+    """Return the element of a frontend that nobody is forwarded at."""
+    counted = ruleset.service_metrics != "off"
+    return Element(key, data=verdict, comment=str(owner), counted=counted)
+
+
+def is_counted(ruleset: Ruleset, route: Route, place: Place) -> bool:
+    """Say whether a frontend that forwards counts its connections.
+
+    It does not where its endpoints do: those of session affinity are in no map.
+    """
+    if ruleset.service_metrics != "endpoint":
+        return ruleset.service_metrics == "service"
+    return any(pool.affinity_seconds is not None for pool, _ in pools_of(route, place))
 
 
 def silenced(route: Route, place: Place, key: bytes) -> Items:
