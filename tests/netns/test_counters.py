@@ -108,6 +108,19 @@ async def test_the_sum_of_two_endpoints_is_that_of_the_service(family, mode):
 
 
 @both
+@pytest.mark.parametrize("setting", ["service", "endpoint"])
+async def test_connections_of_session_affinity_are_counted_for_the_service(family, setting):
+    config = Config(service_metrics=setting)
+    async with backend(family) as address, proxied(family, config, mode="nftables") as node:
+        await node.service("web", 1, affinity_seconds=600)
+        await node.endpoints("web", address)
+        await ask(node, 3)
+        found = await Reader(node).read()
+        assert found[Where(WEB)].connections == 3
+        assert Where(WEB, address) not in found
+
+
+@both
 async def test_counts_outlive_a_change_of_endpoints(family, mode):
     async with (
         backend(family) as a,

@@ -5,6 +5,7 @@ import subprocess
 from contextlib import asynccontextmanager
 from functools import partial
 from ipaddress import ip_network
+from itertools import permutations
 
 import pytest
 
@@ -22,6 +23,7 @@ from pyproxy.model import (
 )
 from pyproxy.plan import Planner, Site
 from pyproxy.process import SystemClock
+from pyproxy.proxier._nfcount import COUNTED
 from pyproxy.proxier._nfnetlink import NfTables
 from pyproxy.proxier._nftarget import NfTarget
 from pyproxy.reconcile import Reconciler, Verified
@@ -68,7 +70,7 @@ def no_rules():
 class Node:
     """The rules of one family, and what tests say of them in few words."""
 
-    def __init__(self, family):
+    def __init__(self, family, counts="off"):
         self.family = family
         self.drifts = []
         self.cache, self.planner = Cache(family), Planner()
@@ -77,8 +79,9 @@ class Node:
             pods=ip_network(PODS[family]),
             node_port_ips=(NODE_IP[family],),
             service_cidrs=(ip_network(VIP[family].format(0) + "/112" * (family == 6)),),
+            service_metrics=counts,
         )
-        self.target = NfTarget(lambda: ruleset, self.drifts.append)
+        self.target = NfTarget(lambda: ruleset, self.drifts.append, counted=COUNTED[counts])
         self.reconciler = Reconciler(
             "nftables", family, partial(compile_owner, ruleset), self.target, SystemClock()
         )
@@ -149,9 +152,9 @@ class Node:
 
 
 @asynccontextmanager
-async def started(family):
+async def started(family, counts="off"):
     """A process: what it leaves in the kernel stays."""
-    node = Node(family)
+    node = Node(family, counts)
     try:
         yield node
     finally:
@@ -216,16 +219,32 @@ async def test_one_endpoint_more_is_one_transaction_of_its_elements(family):
 
 
 @both
-async def test_a_restart_finds_everything_and_writes_nothing(family):
-    async with started(family) as node:
+@pytest.mark.parametrize("counts", COUNTED)
+async def test_a_restart_finds_everything_and_writes_nothing(family, counts):
+    async with started(family, counts) as node:
         await node.change(*node.shop())
+        assert await node.target.compare(node.reconciler.written()) == ()
     before, listing = generation(), node.listing()
-    async with started(family) as again:
+    async with started(family, counts) as again:
         report = await again.change(*again.shop())
         assert (report.full, report.error) == (True, None)
         assert generation() == before, "the kernel has seen no transaction"
         assert again.listing() == listing
         assert again.drifts == [], "what happened while nobody looked is nobody's drift"
+
+
+@both
+async def test_a_restart_that_counts_elsewhere_writes_what_one_from_nothing_would(family):
+    for before, after in permutations(COUNTED, 2):
+        async with started(family, after) as node:
+            await node.change(*node.shop())
+            expected = node.listing()
+        nft("flush", "ruleset")
+        async with started(family, before) as node:
+            await node.change(*node.shop())
+        async with started(family, after) as again:
+            await again.change(*again.shop())
+            assert again.listing() == expected, (before, after)
 
 
 @both
