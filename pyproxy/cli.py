@@ -86,6 +86,7 @@ def run(options: Options) -> int:
     except SettingsError as error:
         return fail(*error.args)
     if options.write_config_to:
+        config = with_mode(config, config.mode)
         return write_config(config, Path(options.write_config_to))
     from pyproxy.log import setup
 

@@ -18,6 +18,8 @@ Mode = Literal["auto", "userspace", "iptables", "nftables", "ipvs"]
 MODES: Final[tuple[Mode, ...]] = ("auto", "userspace", "iptables", "nftables", "ipvs")
 DETECT_LOCAL_MODES: Final = ("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix")
 CLOUDS: Final = ("", "huawei")
+# Modes that keep node ports to the node's primary addresses, unless told otherwise.
+PRIMARY_BY_DEFAULT: Final = ("nftables", "ipvs")
 # Modes that can serve some Services beside another proxy, which has the others.
 MODES_BESIDE: Final = ("nftables", "userspace")
 PRIMARY: Final = "primary"  # the word that nodePortAddresses may have instead of CIDRs
@@ -243,7 +245,7 @@ def with_defaults(config: Config) -> Config:
 def with_mode(config: Config, mode: str) -> Config:
     """Return the settings for this mode, with the defaults that depend on it."""
     addresses = config.node_port_addresses
-    if mode == "nftables" and not addresses:
+    if mode in PRIMARY_BY_DEFAULT and not addresses:
         addresses = (PRIMARY,)
     return replace(config, mode=mode, node_port_addresses=addresses)
 

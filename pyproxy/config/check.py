@@ -287,6 +287,15 @@ def warnings(config: Config) -> tuple[str, ...]:
     return tuple(_warnings(config))
 
 
+def other_defaults(config: Config) -> Iterator[str]:
+    """Yield where what is not set means something else to kube-proxy, in the mode that is."""
+    if config.mode == "ipvs" and not config.node_port_addresses:
+        yield (
+            "nodePortAddresses: unset, which in mode ipvs is the node's primary addresses, as in "
+            "mode nftables; kube-proxy's mode ipvs has all: 0.0.0.0/0 and ::/0"
+        )
+
+
 def _warnings(config: Config) -> Iterator[str]:
     if not config.node_port_addresses:
         yield (

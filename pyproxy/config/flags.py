@@ -14,10 +14,10 @@ from pyproxy.config import (
     VModule,
     node_name,
     setting,
-    with_mode,
     with_setting,
 )
 from pyproxy.config import file as config_file
+from pyproxy.config.check import other_defaults
 from pyproxy.config.file import Loaded
 from pyproxy.config.flags_kinds import BOOL, DURATION, Flag, Value
 from pyproxy.config.flags_logging import LOGGING
@@ -140,7 +140,7 @@ def effective_config(options: Options, file_text: str | None, hostname: str) -> 
         config = replace(config, hostname_override=override)
         config = replace(config, hostname_override=node_name(config, ""))
     node_name(config, hostname)  # raises where there is none
-    return Loaded(with_mode(config, config.mode), (*warnings, *_deprecations(options)))
+    return Loaded(config, (*warnings, *_deprecations(options), *other_defaults(config)))
 
 
 def _from_flags(options: Options) -> Config:

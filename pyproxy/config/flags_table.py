@@ -238,7 +238,8 @@ GROUPS: Final = (
                 LIST,
                 "node_port_addresses",
                 "Serve node ports only at the node's addresses in these ranges, or, with the word "
-                "primary, at its own. Not given: at every address (mode nftables: primary).",
+                "primary, at its own. Not given: at every address (modes nftables "
+                "and ipvs: primary).",
             ),
             Flag(
                 "detect-local-mode",

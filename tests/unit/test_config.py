@@ -120,6 +120,8 @@ def test_the_server_addresses_follow_from_the_bind_address(bind, healthz, metric
     [
         pytest.param("nftables", (), ("primary",), id="nftables keeps to the node's own addresses"),
         pytest.param("nftables", ("10.0.0.0/8",), ("10.0.0.0/8",), id="unless told otherwise"),
+        pytest.param("ipvs", (), ("primary",), id="ipvs does what nftables does"),
+        pytest.param("ipvs", ("::/0",), ("::/0",), id="ipvs told otherwise"),
         pytest.param("iptables", (), (), id="iptables serves all"),
         pytest.param("userspace", (), (), id="userspace serves all"),
     ],

@@ -266,7 +266,7 @@ def test_all_problems_are_reported_together():
         ("iptables", {}, ["nodePortAddresses"]),
         ("nftables", {}, []),
         ("iptables", {"node_port_addresses": ("primary",)}, []),
-        ("ipvs", {}, ["nodePortAddresses"]),
+        ("ipvs", {}, []),
         ("nftables", {"feature_gates": {"NativeHistogram": True}}, ["featureGates"]),
         ("nftables", {"ipvs__scheduler": "rr"}, ["ipvs"]),
         ("nftables", {"userspace__capture": "tproxy"}, ["userspace"]),

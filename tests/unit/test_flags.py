@@ -154,11 +154,7 @@ def test_without_flags_the_defaults_are_in_effect():
     [
         (["--proxy-mode="], Config()),
         (["--proxy-mode=iptables"], Config(mode="iptables")),
-        pytest.param(
-            ["--proxy-mode=nftables"],
-            Config(mode="nftables", node_port_addresses=("primary",)),
-            id="nftables keeps node ports to the node's own addresses",
-        ),
+        (["--proxy-mode=nftables"], Config(mode="nftables")),
         (["--healthz-bind-address=127.0.0.1"], Config(healthz_bind_address="127.0.0.1:10256")),
         (["--metrics-bind-address=::1"], Config(metrics_bind_address="[::1]:10249")),
         pytest.param(["--healthz-bind-address="], Config(), id="empty is not off"),
@@ -193,10 +189,7 @@ NFTABLES = NFTables(sync_period_seconds=10.0, min_sync_period_seconds=0.0, masqu
         ("iptables", Config(mode="iptables", iptables=IPTABLES)),
         ("userspace", Config(mode="userspace", iptables=IPTABLES)),
         ("auto", Config(iptables=IPTABLES, nftables=NFTABLES)),
-        (
-            "nftables",
-            Config(mode="nftables", nftables=NFTABLES, node_port_addresses=("primary",)),
-        ),
+        ("nftables", Config(mode="nftables", nftables=NFTABLES)),
         (
             "ipvs",
             Config(
@@ -292,8 +285,18 @@ def test_the_file_replaces_all_other_flags():
     assert config(*words, file="mode: iptables") == Config(mode="iptables")
 
 
-def test_the_file_may_leave_the_rest_to_the_mode():
-    assert config(file="mode: nftables").node_port_addresses == ("primary",)
+@pytest.mark.parametrize(
+    ("mode", "addresses", "told"),
+    [("ipvs", "[]", 1), ("ipvs", "[primary]", 0), ("nftables", "[]", 0), ("iptables", "[]", 0)],
+)
+def test_what_kube_proxy_means_by_nothing_is_told(mode, addresses, told):
+    found = loaded(file=f"mode: {mode}\nnodePortAddresses: {addresses}")
+    assert len(found.warnings) == told
+    assert all("mode ipvs has all: 0.0.0.0/0 and ::/0" in line for line in found.warnings)
+
+
+def test_what_a_mode_makes_of_nothing_is_not_kept_for_another():
+    assert config(file="mode: ipvs").node_port_addresses == ()
 
 
 @pytest.mark.parametrize(
