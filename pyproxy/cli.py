@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -210,7 +211,7 @@ async def migrating(
     if not asked.then_run:
         config = replace(config, healthz_bind_address="", metrics_bind_address=ANY_PORT)
         options = replace(options, control_socket="", state_dir="")
-    move = Migration(asked, now, config, print)
+    move = Migration(asked, now, config, partial(print, flush=True))
     try:
         code = await serving(options, config, node, text, move)
     finally:
@@ -328,7 +329,7 @@ def enabled_features(config: Config) -> dict[tuple[str, str], bool]:
 
 
 def show(text: str) -> int:
-    print(text)  # noqa: T201 - a command's answer
+    print(text, flush=True)  # noqa: T201 - a command's answer
     return 0
 
 

@@ -42,8 +42,10 @@ RULES = {
 
 def told(story, old, new, speed="fast"):
     words = [sys.executable, "-m", "tests.netns.moves", story, old, new, speed]
+    # As in a container: what is told is to be read while the program runs.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     pipe = subprocess.PIPE
-    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=env) as process:
         output, errors = process.communicate(timeout=LIMIT_SECONDS[speed])
     if process.returncode and "Unavailable" in errors and not os.environ.get("CI"):
         pytest.skip(errors.strip().splitlines()[-1])
