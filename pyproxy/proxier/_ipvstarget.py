@@ -110,12 +110,18 @@ class IpvsTarget:
                 raise ApplyError(f"cannot list virtual servers: {error.strerror}") from error
 
     async def apply(self, delta: Delta[Key, Content]) -> Mapping[Key, str]:
-        """Serve before sending there, and refuse before serving no more."""
+        """Guard and masquerade before serving, and refuse before serving no more.
+
+        A connection that a virtual server has before the table masks it would be lost: a backend
+        elsewhere answers past this node.
+        """
         async with self._lock:
-            parts = self._parts(delta)
+            parts, table = self._parts(delta), table_delta(delta)
             try:
+                await self._table.apply(Delta(table.added, table.changed, {}))
                 refused = await asyncio.to_thread(self._grow, parts)
-                await self._table.apply(table_delta(delta))
+                if table.removed:
+                    await self._table.apply(Delta({}, {}, table.removed))
                 await asyncio.to_thread(self._shrink, parts)
             except OSError as error:
                 raise ApplyError(f"cannot change virtual servers: {error.strerror}") from error

@@ -320,6 +320,20 @@ async def test_scheduler_dh_has_no_destinations_that_drain(node):
     assert node.weights() == {TWO: 1}
 
 
+async def test_the_table_masks_before_a_server_serves_and_goes_on_refusing_until_then(node):
+    mask, refusal = Item("node-ports", b"key"), Item("refusals", b"key")
+    await node.want({refusal: PRESENT})
+    seen, apply = [], node.table.apply
+
+    async def watched(delta):
+        seen.append((set(delta.added), set(delta.removed), set(node.ipvs.servers())))
+        return await apply(delta)
+
+    node.table.apply = watched
+    await node.want(state(ONE) | {mask: PRESENT})
+    assert seen == [({mask}, set(), set()), (set(), {refusal}, {WEB})]
+
+
 async def test_the_table_refuses_before_a_server_goes(node):
     item = Item("served", b"key")
     await node.want(state(ONE) | {item: PRESENT})
