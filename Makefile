@@ -19,6 +19,9 @@ IMAGE_TOOLS := mmdebstrap:mmdebstrap buildah:buildah crun:crun
 KIT_TOOLS := nft:nftables iptables:iptables conntrack:conntrack ipset:ipset
 GUEST_TOOLS = qemu-system-x86_64:qemu-system-x86 virtiofsd:$(VIRTIOFSD) busybox:busybox-static \
 	depmod:kmod ipvsadm:ipvsadm $(TOOLS)
+# Two machines at a time: each is one processor, and emulated.
+IN_GUEST = $(BIN)/python -m tests.guest.vm $(BIN)/pytest -q
+SERVERS = tests/guest/test_ipvs.py tests/guest/test_traffic.py
 # A package of its own since Debian 13.
 VIRTIOFSD = $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd || echo qemu-system-common)
 
@@ -47,7 +50,10 @@ netns: setup tools image  ## the tests on the real kernel, in namespaces of thei
 guest: setup  ## the tests on a kernel with ip_vs and SCTP, in a virtual machine: root on amd64, minutes
 	@if [ "$$(id -u)" != 0 ] && [ -z "$${CI:-}" ]; then \
 		echo 'NOT RUN: tests/guest, which needs root to share files with a virtual machine' >&2; \
-	else $(call need,$(GUEST_TOOLS)); $(BIN)/python -m tests.guest.vm $(BIN)/pytest -q tests/guest; fi
+	else $(call need,$(GUEST_TOOLS)); mkdir -p build; failed=; \
+		$(IN_GUEST) $(SERVERS) >build/guest-servers.log 2>&1 & servers=$$!; \
+		$(IN_GUEST) tests/guest $(SERVERS:%=--ignore=%) || failed=1; \
+		wait $$servers || failed=1; cat build/guest-servers.log; test -z "$$failed"; fi
 
 tools: $(VENV)/tools/ready  ## kubectl, helm, promtool and Kubernetes' schemas, for tests of deploy/
 

@@ -14,14 +14,13 @@ import yaml
 from msgspec.structs import replace
 
 from pyproxy import __version__, commands, proxier
-from pyproxy.config import MODES_BESIDE, Config, gate, is_beside, node_name, with_mode
+from pyproxy.config import MODES_BESIDE, NAT_MODES, Config, gate, is_beside, node_name, with_mode
 from pyproxy.config.check import warnings
 from pyproxy.config.file import dump
 from pyproxy.config.flags import Options, flag_values, help_text, parse
 from pyproxy.config.text import ConfigError, did_you_mean
 from pyproxy.settings import SettingsError, file_text, loaded
 
-NAT_MODES = ("nftables", "iptables")  # whose rules come before virtual servers
 COMMANDS = ("run", "demo", "render", "migrate", "cleanup", "version", "help")
 
 ANY_PORT = "127.0.0.1:0"

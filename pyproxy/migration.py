@@ -14,12 +14,13 @@ from typing import NamedTuple, TypeVar
 from pyproxy import proxier
 from pyproxy.aftermath import clean_up_after_others, cleaned_up_after_others
 from pyproxy.app import App, Fatal
-from pyproxy.config import Config
+from pyproxy.config import NAT_MODES, Config
 from pyproxy.feed import Feed
 from pyproxy.http import parse_bind
 from pyproxy.lane import Lane
 from pyproxy.model import Address, Change, Family, Forward, ObjectName, family_of
 from pyproxy.plan import Plan
+from pyproxy.proxier._ipvsdrain import connections, waiting
 from pyproxy.proxier._others import Other, OthersError, found
 from pyproxy.reconcile import ApplyError, Proxier
 
@@ -55,6 +56,7 @@ class Situation(NamedTuple):
 
     others: tuple[Other, ...]
     running: str | None  # the mode of the proxy that runs, "" if it does not tell
+    held: int = 0  # connections of virtual servers, which sockets cannot take over
 
 
 class QuietFeed:
@@ -107,10 +109,11 @@ def request(words: Sequence[str]) -> tuple[Request, list[str]]:
     return Request(own.to, own.then_run, own.dry_run, own.probes), shared
 
 
-async def situation(config: Config, families: Iterable[Family]) -> Situation:
+async def situation(config: Config, families: Sequence[Family]) -> Situation:
     """Look who carries traffic here. Raises ``OthersError``."""
     others = [other for family in families for other in await found(family)]
-    return Situation(tuple(others), await running_mode(config))
+    held = await connections(families, config) if config.mode == "userspace" else 0
+    return Situation(tuple(others), await running_mode(config), held)
 
 
 async def running_mode(config: Config) -> str | None:
@@ -146,6 +149,11 @@ def obstacle(asked: Request, now: Situation) -> str | None:
     running = now.running
     if asked.to == "userspace" and not asked.then_run:
         return "mode userspace lives in its process: add --then-run, or start the DaemonSet instead"
+    if now.held:
+        return (
+            f"{now.held} connections of virtual servers would be cut: move to nftables, and on to "
+            "userspace when they have ended (or give --ipvs-drain-timeout=0, which cuts them)"
+        )
     if running is None:
         return None
     name = f"a proxy in mode {running}" if running else "a proxy"
@@ -229,6 +237,7 @@ class Migration:
             self._is_over = True
             self._say("left: what the other proxy serves by; pyproxy run removes it when that ends")
             return
+        await self._remove_followers([lane.family for lane, _carrier in app.carriers()])
         await self._silence()
         await self._probe(plans, "alone")
         self._is_over = True
@@ -256,6 +265,12 @@ class Migration:
         if lost:
             more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
             raise Fatal(f"migrate: this node cannot serve {'; '.join(lost[:3])}{more}")
+
+    async def _remove_followers(self, families: Sequence[Family]) -> None:
+        """Remove virtual servers that NAT has taken over from: sockets come after them."""
+        modes = {other.mode for other in self._now.others}
+        if self._asked.to == "userspace" and "ipvs" in modes and modes & set(NAT_MODES):
+            await waiting(families, self._config)
 
     async def _silence(self) -> None:
         for other in self._now.others:

@@ -22,6 +22,7 @@ CLOUDS: Final = ("", "huawei")
 PRIMARY_BY_DEFAULT: Final = ("nftables", "ipvs")
 # Modes that can serve some Services beside another proxy, which has the others.
 MODES_BESIDE: Final = ("nftables", "userspace")
+NAT_MODES: Final = ("nftables", "iptables")  # whose rules come before virtual servers
 PRIMARY: Final = "primary"  # the word that nodePortAddresses may have instead of CIDRs
 HEALTHZ_PORT: Final = 10256
 METRICS_PORT: Final = 10249

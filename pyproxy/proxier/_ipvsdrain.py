@@ -26,6 +26,16 @@ from pyproxy.rules.ipvs import Destination
 NO_SERVERS: frozenset[Frontend] = frozenset()
 
 
+async def connections(families: Iterable[Family], config: Config) -> int:
+    """Return how many connections the virtual servers have that would be waited for."""
+    found = 0
+    for family in families if config.ipvs.drain_timeout_seconds else ():
+        spared = networks_of(config.ipvs.exclude_cidrs, family)
+        with suppress(OSError):  # a kernel without virtual servers
+            found += await asyncio.to_thread(active, family, spared)
+    return found
+
+
 async def waiting(families: Iterable[Family], config: Config) -> Mapping[Family, int]:
     """Have virtual servers end; return how many of each family cannot yet, where there are any.
 
@@ -64,6 +74,21 @@ def in_use(family: Family, spared: tuple[Network, ...]) -> frozenset[Frontend]:
     lead_away_all_but(family, {server.ip for server in busy})
     forget(family, (server for server in servers if server.proto == "UDP"))
     return busy
+
+
+def active(family: Family, spared: tuple[Network, ...]) -> int:
+    """Return how many connections there are through our virtual servers and kube-proxy's.
+
+    Raises ``OSError``.
+    """
+    with closing(Ipvs(family)) as ipvs:
+        servers = [*ipvs.servers(), *those_of_kube_proxy(ipvs, family, spared)]
+        return sum(
+            destination.active
+            for server in servers
+            if server.proto != "UDP"
+            for destination in ipvs.destinations(server).values()
+        )
 
 
 def those_of_kube_proxy(

@@ -1,5 +1,6 @@
 """A Debian kernel to boot: fetched and unpacked, not installed, with an initramfs of our own."""
 
+import fcntl
 import lzma
 import shutil
 import stat
@@ -41,12 +42,14 @@ class Kernel(NamedTuple):
 def prepared(folder: Path) -> Kernel:
     """Return the kernel kept in a folder; fetch it if there is none. Raises ``CannotBoot``."""
     done = folder / DONE
-    if not done.exists() or done.read_text() != FORMAT:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        fetch(folder)
-        (folder / "initramfs").write_bytes(initramfs(modules_in(folder)))
-        done.write_text(FORMAT)
+    with folder.with_suffix(".lock").open("w") as lock:  # somebody else may be at it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists() or done.read_text() != FORMAT:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            fetch(folder)
+            (folder / "initramfs").write_bytes(initramfs(modules_in(folder)))
+            done.write_text(FORMAT)
     (image,) = (folder / "boot").glob("vmlinuz-*")
     return Kernel(image, folder / "initramfs", modules_in(folder))
 

@@ -24,7 +24,7 @@ from pyproxy.model import (
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.proxier import load
 from pyproxy.proxier._conntrack import Conntrack
-from pyproxy.proxier._ipvsdrain import in_use
+from pyproxy.proxier._ipvsdrain import active, in_use
 from pyproxy.proxier._ipvsnl import Busy, Ipvs
 from pyproxy.proxier._vips import RULE_PRIORITY
 from pyproxy.rules.ipvs import Destination, Server
@@ -334,6 +334,7 @@ async def test_what_kube_proxy_left_stays_while_it_has_connections(family, ipvs,
     async with lab.pods(family, "TCP"):
         client = Client("a", *place, "TCP", None)
         await client.connect()
+        assert active(family, ()) == 1
         assert in_use(family, ()) == {web}
         assert {a: found.weight for a, found in ipvs.destinations(web).items()} == {backend: 0}
         assert (await client.say()).pod == "b"

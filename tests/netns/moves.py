@@ -17,20 +17,11 @@ from pyproxy.demo.lab import Lab, isolate
 from pyproxy.demo.manifests import Manifests
 from pyproxy.demo.proxy import arguments, healthy, running, tail
 from tests.netns import kube_rules
+from tests.netns.talk import SPEEDS, Traffic
 
 NODE = NODES[0].name
 
 
-class Speed(NamedTuple):
-    """What can be asked of a machine."""
-
-    rounds: int = 30  # of each client, between two steps
-    pause_seconds: float = 0.01  # of each client, between two connections
-    answer_seconds: float = 3.0
-    most_seconds: float = 90.0  # for a step
-
-
-SPEEDS = {"fast": Speed(), "slow": Speed(4, 1.0, 30.0, 600.0)}
 CLIENTS = {
     "pod to cluster IP": (SHELL.name, "10.96.0.12", 8080),
     "node to cluster IP": (NODE, "10.96.0.12", 8080),
@@ -44,6 +35,7 @@ CLIENTS6 = {
 OWN_TABLES = (" pyproxy", " pyproxy-ipvs", " kube-proxy")
 NAME = "canary"
 MOVING = "my-nginx"  # the Service of the cluster IP, as another proxy's name for it is CLUSTER
+STATIONS = ("ipvs", "iptables", "ipvs again", "nftables")  # of a tour
 NOBODY = ("nobody-home", "10.96.0.14", 80)  # a Service without endpoints
 BLOCK = (  # nobody but pods reaches the cluster IP that a probe from the node asks
     "table inet block { chain c { type filter hook output priority -150;"
@@ -65,97 +57,6 @@ table inet cni { chain tracks { type filter hook forward priority 0; ct state in
 class Ended(NamedTuple):
     code: int
     output: str
-
-
-class Traffic:
-    """Clients that make a connection after another, and one each that stays for ever."""
-
-    def __init__(self, lab, clients, speed):
-        self._lab = lab
-        self._speed = speed
-        self._clients = clients
-        self.made = dict.fromkeys(clients, 0)
-        self.kept = dict.fromkeys(clients, 0)
-        self.failures = []
-        self.lost = []
-        self._running = {}
-
-    @asynccontextmanager
-    async def flowing(self):
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            self.begin()
-            yield
-            self.stop()
-
-    def begin(self):
-        self._begin(self._new)
-        self._begin(self._long)
-
-    def _begin(self, talk):
-        started = [self._tasks.create_task(talk(name)) for name in self._clients]
-        self._running[talk.__name__] = started
-
-    def stop(self, *kinds):
-        for kind in kinds or list(self._running):
-            for task in self._running.pop(kind):
-                task.cancel()
-
-    def renew_long(self):
-        """End the long connections as their clients would, and make new ones."""
-        self.stop("_long")
-        self._begin(self._long)
-
-    async def more(self):
-        """Wait until everybody has got through some more, or has failed."""
-        aims = {name: count + self._speed.rounds for name, count in self.made.items()}
-        kept = {name: count + self._speed.rounds for name, count in self.kept.items()}
-        async with asyncio.timeout(self._speed.most_seconds):
-            while not self.failures and not self.lost:
-                made = all(self.made[name] >= aims[name] for name in aims)
-                if made and all(self.kept[name] >= kept[name] for name in kept):
-                    return
-                await asyncio.sleep(0.05)
-
-    async def _new(self, name):
-        namespace, ip, port = self._clients[name]
-        while True:
-            try:
-                async with asyncio.timeout(self._speed.answer_seconds):
-                    opened = await self._connected(namespace, ip, port)
-                    await said(opened)
-                    opened.close()
-            except OSError as error:  # which a TimeoutError is
-                self.failures.append(f"{name}: {error!r}")
-            self.made[name] += 1
-            await asyncio.sleep(self._speed.pause_seconds)
-
-    async def _long(self, name):
-        opened = None
-        try:
-            opened = await self._connected(*self._clients[name])
-            while True:
-                async with asyncio.timeout(3 * self._speed.answer_seconds):
-                    await said(opened)
-                self.kept[name] += 1
-                await asyncio.sleep(self._speed.pause_seconds)
-        except OSError as error:
-            self.lost.append(f"{name}: {error!r}")
-        finally:
-            if opened is not None:
-                opened.close()
-
-    async def _connected(self, namespace, ip, port):
-        opened = self._lab.socket(namespace, ip)
-        await asyncio.get_running_loop().sock_connect(opened, (ip, port))
-        return opened
-
-
-async def said(opened):
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(opened, b"hello\n")
-    if not await loop.sock_recv(opened, 100):
-        raise ConnectionResetError("the other side has gone")
 
 
 async def echo(reader, writer):
@@ -218,16 +119,15 @@ class Scene:
     async def migrate(self, *own):
         shared = arguments(self.manifests, "-", ipv6=self.lab.ipv6)
         words = [word for word in shared if word not in ("--proxy-mode", "-")]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "pyproxy", "migrate", *own, *words,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            preexec_fn=lambda: self.lab.enter(NODE),
-        )  # fmt: skip
-        async with asyncio.timeout(self._speed.most_seconds):
-            output, _ = await process.communicate()
-        return Ended(process.returncode, output.decode())
+        log = self.folder / "migrate.log"
+        program = (sys.executable, "-m", "pyproxy", "migrate", *own)
+        async with running(self.lab, words, log, program) as process:
+            try:
+                async with asyncio.timeout(self._speed.most_seconds):
+                    code = await process.wait()
+            except TimeoutError as error:
+                raise AssertionError(f"no end of the move:{tail(log)}") from error
+        return Ended(code, log.read_text())
 
     def label(self, *names):
         """Give the label of a proxy to these Services, and to no others."""
@@ -281,7 +181,7 @@ async def found_out(lab, story, old, new, folder, speed):
     if story == "blocked":
         clients = {name: client for name, client in clients.items() if client[0] != NODE}
     traffic = Traffic(lab, clients, speed)
-    if "userspace" in (old, new):
+    if story == "toured" or "userspace" in (old, new):
         scene.on_node("nft", "-f", "-", text=CNI)
     try:
         ended = await STORIES[story](scene, traffic, old, new)
@@ -351,6 +251,40 @@ async def left(scene, traffic, old, new):
     return ended
 
 
+async def toured(scene, traffic, old, new):
+    """Through mode ipvs again and again, with connections from each station to the end.
+
+    Sockets cannot take over what virtual servers have, nor virtual servers what a process relays:
+    those connections are ended by their clients.
+    """
+    await begin(scene, old)
+    output = ""
+    async with traffic.flowing():
+        await traffic.more()
+        for station in STATIONS:
+            mode = station.split()[0]
+            ended = await scene.migrate(f"--to={mode}")
+            output += ended.output
+            if ended.code:
+                return Ended(ended.code, output)
+            traffic.begin_long(station)
+            await traffic.more()
+        async with scene.proxy(mode):
+            await traffic.more()
+        refused = await scene.migrate("--to=userspace", "--then-run")
+        traffic.stop("ipvs", "ipvs again")
+        async with scene.proxy("userspace", ("migrate", "--then-run", "--to=userspace")) as log:
+            traffic.begin_long("userspace")
+            await traffic.more()
+            ended = await scene.migrate(f"--to={new}")
+            traffic.stop("userspace")
+            await traffic.more()
+        await traffic.more()
+        async with scene.proxy(new):
+            await traffic.more()
+    return Ended(ended.code, output + refused.output + log.read_text() + ended.output)
+
+
 async def beside(scene, traffic, old, new):
     """A Service goes to a proxy with a name, beside the one that has the others, and back.
 
@@ -409,6 +343,7 @@ STORIES = {
     "moved": moved,
     "entered": entered,
     "left": left,
+    "toured": toured,
     "beside": beside,
     "blocked": blocked,
 }

@@ -56,6 +56,12 @@ def test_a_move_that_cannot_be_is_refused_before_anything_changes(to, then_run, 
     assert (found or "").startswith(why or "")
 
 
+def test_connections_of_virtual_servers_are_not_cut_by_a_move_to_sockets():
+    found = obstacle(Request("userspace", True, False, 20), Situation((), None, held=3))
+    assert found is not None
+    assert found.startswith("3 connections of virtual servers would be cut: move to nftables")
+
+
 def route(ip, kind="ClusterIP", proto="TCP", action=None):
     forward = action or Forward(Pool((Backend(Address("10.244.1.5", 80)),)))
     return Route(Frontend(ip, 80, proto), kind, forward, forward, forward)
