@@ -102,7 +102,7 @@ async def test_a_start_remembers_the_flows_of_the_process_before(pods):
     async with served(4) as node:
         await asking.asks(node.vip(1))
         notes = remembered(4)
-        _lifting.install(4, _transparent.TABLE_NAME, _transparent.MARK, 100)
+        _lifting.install(_lifting.whole(4, _transparent.TABLE_NAME, _transparent.MARK, 100))
         assert remembered(4) == notes != []
 
 

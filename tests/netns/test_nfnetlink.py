@@ -372,7 +372,7 @@ def test_deleting_a_chain_deletes_its_rules(filled):
 
 def test_nft_lists_the_rules_that_lift_answers_out_of_bridges(tables):
     """It reads none of them: version 1.0.6 fails at an address that is a map's."""
-    _lifting.install(4, "lift", 0x1000, 130)
+    _lifting.install(_lifting.whole(4, "lift", 0x1000, 130))
     listed = [line.strip() for line in nft("list", "table", "bridge", "lift-4").splitlines()]
     note, answer = "ip daddr . ip saddr . meta l4proto", "ip saddr . ip daddr . meta l4proto"
     look = f"ether daddr set {answer} . th sport . th dport map @answers"
