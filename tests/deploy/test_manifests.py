@@ -95,6 +95,14 @@ def test_components_go_together(tmp_path):
     assert data == {"MODE": "iptables", "METRICS_BIND_ADDRESS": "0.0.0.0:10249"}
 
 
+def test_what_a_kubeconfig_has_inside_can_be_a_file_and_is_never_on_a_disk(tmp_path):
+    pod = only("DaemonSet", kustomized(tmp_path))["spec"]["template"]["spec"]
+    (volume,) = (v for v in pod["volumes"] if v["name"] == "tmp")
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Mi"}
+    for each in pod["initContainers"] + pod["containers"]:
+        assert {"name": "tmp", "mountPath": "/tmp"} in each["volumeMounts"]
+
+
 def test_a_wrong_field_would_be_noticed(tmp_path):
     text = kustomized(tmp_path).replace("seccompProfile:", "seccompProfil:")
     with pytest.raises(AssertionError, match="'seccompProfil' was unexpected"):

@@ -165,6 +165,9 @@ class Pod:
                     return Path(path)
             return own
         folder = self._folder / f"volume-{volume['name']}"
+        if "emptyDir" in volume:
+            folder.mkdir(exist_ok=True)
+            return folder
         version = folder / "..2026_11_21"
         if not folder.exists():
             version.mkdir(parents=True)

@@ -1,6 +1,8 @@
 """The pods of deploy/ serve, with the capabilities that their manifests give them, and no fewer."""
 
 import asyncio
+import base64
+import json
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ from tests.netns.container import PATIENCE_SECONDS, Pod
 from tests.netns.standin import (
     CLUSTER_IP,
     NODE_PORT,
+    TLS,
     TOKEN,
     UNDEFINED,
     answer,
@@ -42,7 +45,7 @@ COMMIT
 """
 
 
-def deployed(folder, api, *components, host=()):
+def deployed(folder, api, *components, host=(), flags=()):
     """Return the pod of the base and components, with what whoever installs it adds."""
     (folder / "overlay").mkdir()
     text = kustomized(folder / "overlay", *components)
@@ -57,7 +60,7 @@ def deployed(folder, api, *components, host=()):
     }
     daemonset = only("DaemonSet", text)
     (container,) = daemonset["spec"]["template"]["spec"]["containers"]
-    container["args"].append("--userspace-drain-timeout=0s")  # no successor comes
+    container["args"] += ["--userspace-drain-timeout=0s", *flags]  # no successor comes
     return Pod(daemonset, data, folder, service_account(folder), host)
 
 
@@ -123,6 +126,32 @@ async def test_a_node_serves_what_it_knew_while_the_api_server_is_away(tmp_path)
         async with pod.running("pyproxy") as pyproxy:
             await pyproxy.until_logged("serving")
             assert await answer(CLUSTER_IP) == "web-1"
+
+
+async def test_a_kubeconfig_may_have_its_certificates_inside(tmp_path):
+    """Those are files of /tmp while it is read, and the root file system is read-only."""
+    (tmp_path / "state").mkdir()
+    host = {"/var/lib/pyproxy": tmp_path / "state"}
+    async with cluster() as api:
+        (tmp_path / "state" / "kubeconfig").write_text(json.dumps(kubeconfig(api.url)))
+        flags = ["--kubeconfig=/var/lib/pyproxy/kubeconfig"]
+        pod = deployed(tmp_path, api, host=host, flags=flags)
+        async with pod.running("pyproxy") as pyproxy:
+            await pyproxy.until_logged("serving")
+            assert await answer(CLUSTER_IP) == "web-1"
+    assert not list((tmp_path / "volume-tmp").iterdir())
+
+
+def kubeconfig(server):
+    """Return one that names no other file."""
+    certificate = base64.b64encode((TLS / "ca.crt").read_bytes()).decode()
+    cluster = {"server": server, "certificate-authority-data": certificate}
+    return {
+        "clusters": [{"name": "c", "cluster": cluster}],
+        "users": [{"name": "u", "user": {"token": TOKEN}}],
+        "contexts": [{"name": "c-u", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "c-u",
+    }
 
 
 async def gone(is_there):

@@ -81,6 +81,8 @@ env:
   mountPath: /run/xtables.lock
 - name: state
   mountPath: /var/lib/pyproxy
+- name: tmp # certificates and keys that a kubeconfig holds as text are files while it is read
+  mountPath: /tmp
 {{- with .Values.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
