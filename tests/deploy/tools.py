@@ -14,6 +14,8 @@ TOOLS = ROOT / ".venv" / "tools"
 BASE = DEPLOY / "kustomize" / "base"
 COMPONENTS = DEPLOY / "kustomize" / "components"
 CHART = DEPLOY / "helm" / "pyproxy"
+API_SERVER = "--set=apiServer.host=192.0.2.10"
+NEWEST = "1.37"
 MODES = ("nftables", "iptables", "ipvs", "userspace")
 
 
@@ -60,4 +62,34 @@ def mode_components(mode):
 def only(kind, text):
     """Return the one object of a kind in some manifests."""
     (found,) = (o for o in yaml.safe_load_all(text) if o["kind"] == kind)
+    return found
+
+
+def rendered(*options, values="", release="pyproxy", namespace="kube-system", fails=False):
+    """Return what `helm template` makes of the chart, as text."""
+    words = ["template", release, CHART, f"--namespace={namespace}", "--values=-", *options]
+    return run("helm", *words, stdin=values, fails=fails)
+
+
+def check(text, folder, version=NEWEST):
+    """Have Kubernetes' own schemas look at manifests; ServiceMonitors are not Kubernetes'."""
+    known = [o for o in yaml.safe_load_all(text) if o["kind"] != "ServiceMonitor"]
+    path = folder / "manifests.yaml"
+    path.write_text(yaml.safe_dump_all(known))
+    run("kubernetes-validate", "--strict", "--quiet", "-k", version, path)
+
+
+def pod_of(text):
+    return only("DaemonSet", text)["spec"]["template"]["spec"]
+
+
+def container(text):
+    (found,) = pod_of(text)["containers"]
+    return found
+
+
+def probed(text):
+    """Return where the kubelet asks: the host, if it is not the pod's, and the port."""
+    probes = [container(text)[name]["httpGet"] for name in ("livenessProbe", "readinessProbe")]
+    (found,) = {(probe.get("host", ""), probe["port"]) for probe in probes}
     return found
