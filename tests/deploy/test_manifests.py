@@ -1,5 +1,6 @@
 """deploy/: the manifests are what Kubernetes takes, and both ways to make them agree."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.deploy.tools import (
     DEPLOY,
     MODES,
     NEWEST,
+    ROOT,
     check,
     container,
     kustomized,
@@ -23,17 +25,15 @@ from tests.deploy.tools import (
     pod_of,
     probed,
     rendered,
+    run,
 )
 
+INSTALL = ROOT / "docs" / "install.md"
 OLDEST = "1.29"
 
 
 def components():
     return sorted(path.name for path in COMPONENTS.iterdir())
-
-
-def added(text):
-    return container(text)["securityContext"]["capabilities"]["add"]
 
 
 def test_the_plain_file_is_the_base():
@@ -52,10 +52,25 @@ def test_a_component_is_valid(name, tmp_path):
     check(kustomized(tmp_path, name), tmp_path)
 
 
-def test_components_go_together(tmp_path):
-    text = kustomized(tmp_path, "mode-iptables", "metrics")
-    data = only("ConfigMap", text)["data"]
-    assert data == {"MODE": "iptables", "METRICS_BIND_ADDRESS": "0.0.0.0:10249"}
+@pytest.mark.parametrize(
+    ("names", "mode", "port"),
+    [
+        pytest.param(("mode-iptables", "metrics"), "iptables", 10249, id="a mode"),
+        pytest.param(("beside", "metrics"), "nftables", 10349, id="beside another"),
+        pytest.param(("metrics", "beside"), "nftables", 10349, id="in the other order"),
+    ],
+)
+def test_prometheus_asks_the_port_that_components_choose(names, mode, port, tmp_path):
+    text = kustomized(tmp_path, *names)
+    settings = {"MODE": mode, "METRICS_BIND_IP": "0.0.0.0", "METRICS_BIND_PORT": str(port)}
+    assert only("ConfigMap", text)["data"] == settings
+    assert only("Service", text)["spec"]["ports"] == [{"name": "metrics", "port": port}]
+
+
+@pytest.mark.parametrize("name", components())
+def test_a_component_gives_both_containers_the_same_flags(name, tmp_path):
+    pod = pod_of(kustomized(tmp_path, name))
+    assert pod["initContainers"][0]["args"] == pod["containers"][0]["args"]
 
 
 def test_what_a_kubeconfig_has_inside_can_be_a_file_and_is_never_on_a_disk(tmp_path):
@@ -64,6 +79,17 @@ def test_what_a_kubeconfig_has_inside_can_be_a_file_and_is_never_on_a_disk(tmp_p
     assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Mi"}
     for each in pod["initContainers"] + pod["containers"]:
         assert {"name": "tmp", "mountPath": "/tmp"} in each["volumeMounts"]
+
+
+def test_the_overlay_of_the_documentation_is_one(tmp_path):
+    (overlay,) = re.findall(r"```yaml\n(resources:.*?)```", INSTALL.read_text(), re.DOTALL)
+    (tmp_path / "kustomization.yaml").write_text(overlay.replace("REGISTRY", "registry.test"))
+    (tmp_path / "pyproxy").symlink_to(ROOT)
+    text = run("kubectl", "kustomize", tmp_path)
+    assert only("ConfigMap", text)["data"]["MODE"] == "userspace"
+    pod = pod_of(text)
+    images = {each["image"] for each in pod["initContainers"] + pod["containers"]}
+    assert images == {f"registry.test/pyproxy:{__version__}"}
 
 
 def test_a_wrong_field_would_be_noticed(tmp_path):
@@ -103,7 +129,9 @@ def test_chart_and_component_agree_on_a_proxy_beside_another(tmp_path):
     flags = dict(word.split("=") for word in words)
     assert flags["service-proxy-name"] == config.service_proxy_name
     assert flags["healthz-bind-address"] == config.healthz_bind_address
-    assert only("ConfigMap", plain)["data"]["METRICS_BIND_ADDRESS"] == config.metrics_bind_address
+    data = only("ConfigMap", plain)["data"]
+    address = f"{data['METRICS_BIND_IP']}:{data['METRICS_BIND_PORT']}"
+    assert address == config.metrics_bind_address
     assert {probed(text) for text in (chart, plain)} == {("", 10356)}
     assert not [told for told in warnings(config) if "give this one another" in told]
 
