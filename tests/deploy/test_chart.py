@@ -10,6 +10,7 @@ from pyproxy.config.file import dump, load
 from tests.deploy.tools import (
     API_SERVER,
     CHART,
+    ROOT,
     check,
     container,
     only,
@@ -19,6 +20,7 @@ from tests.deploy.tools import (
     run,
 )
 
+KUBEADM = ROOT / "tests" / "data" / "kubeadm" / "config.conf"
 EVERYTHING = """\
 image: {repository: registry.test/pyproxy, tag: v1, digest: "sha256:0f", pullPolicy: Always}
 imagePullSecrets: [{name: secret}]
@@ -148,12 +150,14 @@ def fields_of(value):
     return None
 
 
-def test_empty_fields_of_a_configuration_say_nothing():
-    """kubeadm's ConfigMap has them, and is given as ``config``."""
-    config = {"mode": "", "metricsBindAddress": "", "healthzBindAddress": ""}
+def test_the_configuration_that_kubeadm_made_will_do():
+    """Its empty fields say nothing: neither a mode nor where metrics are."""
+    config = yaml.safe_load(KUBEADM.read_text())
+    assert (config["mode"], config["metricsBindAddress"]) == ("", "")
     text = chart(mode="userspace", config=config, serviceMonitor={"enabled": True})
     loaded = load(only("ConfigMap", text)["data"]["config.conf"]).config
     assert (loaded.mode, loaded.metrics_bind_address) == ("userspace", "0.0.0.0:10249")
+    assert loaded.cluster_cidr == config["clusterCIDR"]
     assert only("Service", text)["spec"]["ports"] == [{"name": "metrics", "port": 10249}]
 
 
