@@ -1,18 +1,18 @@
 """Endpoint selection: the hot path of the forwarder, once for every connection.
 
-What can be computed when a pool changes is: weighted round robin is expanded into one full smooth
+What can be computed when a pool changes is: weighted round robin is expanded into one full even
 turn, and a pick is an index into it. Affinity remembers the backend's address, so that it
 survives an update that keeps the backend. One writer: the event loop.
 """
 
 from collections.abc import Callable, Collection
-from functools import reduce
 from math import gcd
 from zlib import crc32
 
 from pyproxy.model import Address, Pool, Scheduler
 
-LONGEST_TURN = 1024  # picks; heavier weights are scaled down to it
+LONGEST_TURN = 1024  # picks; weights that need more are rounded, but in large pools
+SLOTS_EACH = 16  # for each backend of a large pool: so long may its turn be
 NOBODY: frozenset[Address] = frozenset()
 # Schedulers that differ only in the kernel's virtual servers.
 BY_CLIENT: frozenset[Scheduler | None] = frozenset({"sh", "dh", "mh"})
@@ -144,41 +144,70 @@ class Turn:
 
 
 def turn_of(pool: Pool, *, longest: int = LONGEST_TURN) -> tuple[Address, ...]:
-    """Return one cycle of a pool: each backend as often as its weight says, spread out.
+    """Return one cycle of a pool: each backend as often as its share says, spread out."""
+    counts = slot_counts(pool, longest=longest)
+    addresses = tuple([b.address for b in pool.backends])
+    if len(addresses) == sum(counts):
+        return addresses
+    return tuple([addresses[index] for index in spread(counts)])
+
+
+def slot_counts(pool: Pool, *, longest: int = LONGEST_TURN) -> list[int]:
+    """Return how often each backend is in a cycle, of ``longest`` or ``SLOTS_EACH`` a backend.
+
+    Exact where that many are enough. Otherwise each has one at least, and of the share that it
+    asked for it loses at most one part in ``SLOTS_EACH``, and one slot.
+    """
+    asked = proportions(pool)
+    limit = max(longest, SLOTS_EACH * len(asked))
+    return asked if sum(asked) <= limit else reduced(apportioned(asked, limit))
+
+
+def proportions(pool: Pool) -> list[int]:
+    """Return the smallest weights with which the backends have the shares asked for.
 
     ``rr`` gives every backend the same share, whatever its weight.
     """
-    addresses = tuple([b.address for b in pool.backends])
     weights = [b.weight for b in pool.backends]
     if pool.scheduler == "rr" or weights.count(weights[0]) == len(weights):
-        return addresses
-    return tuple([addresses[index] for index in smooth(scaled(weights, longest))])
+        return [1] * len(weights)
+    return reduced(weights)
 
 
-def scaled(weights: list[int], longest: int) -> list[int]:
-    """Return small weights in the same proportions, nearly so where the turn would be too long."""
-    divisor = reduce(gcd, weights)
-    reduced = [weight // divisor for weight in weights]
-    limit = max(longest, len(weights))
-    if sum(reduced) <= limit:
-        return reduced
-    factor = (limit - len(reduced)) / sum(reduced)
-    return [1 + int(weight * factor) for weight in reduced]
+def reduced(weights: list[int]) -> list[int]:
+    divisor = gcd(*weights)
+    return [weight // divisor for weight in weights]
 
 
-def smooth(weights: list[int]) -> list[int]:
-    """Return the indices of one turn of smooth weighted round robin.
+def apportioned(weights: list[int], seats: int) -> list[int]:
+    """Divide seats by weight: one for whoever would have less, the rest by largest remainder."""
+    counts = [1] * len(weights)
+    rest = sum(weights)
+    ascending = sorted(range(len(weights)), key=weights.__getitem__)
+    light = 0
+    while weights[ascending[light]] * seats < rest:
+        seats -= 1
+        rest -= weights[ascending[light]]
+        light += 1
+    remainders = {}
+    for index in ascending[light:]:
+        counts[index], remainders[index] = divmod(weights[index] * seats, rest)
+    left = seats - sum(counts[index] for index in remainders)
+    for index in sorted(remainders, key=lambda index: (-remainders[index], index))[:left]:
+        counts[index] += 1
+    return counts
 
-    Each step raises every index by its weight, takes the highest and lowers it by the sum: heavy
-    ones come often, and never in a row longer than they must.
+
+def spread(counts: list[int]) -> list[int]:
+    """Return each index as often as its count, at even distances.
+
+    Those with one count take turns at places as evenly spread as those of a single heavier one.
     """
-    total = sum(weights)
-    credit = [0] * len(weights)
-    turn = []
-    for _ in range(total):
-        for index, weight in enumerate(weights):
-            credit[index] += weight
-        best = max(range(len(weights)), key=credit.__getitem__)
-        credit[best] -= total
-        turn.append(best)
-    return turn
+    alike: dict[int, list[int]] = {}
+    for index, count in enumerate(counts):
+        alike.setdefault(count, []).append(index)
+    places = []
+    for count, members in alike.items():
+        size = count * len(members)
+        places += [((2 * nth + 1) / size, members[nth % len(members)]) for nth in range(size)]
+    return [index for _, index in sorted(places)]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from pyproxy.balancer import turn_of
+from pyproxy.balancer import BY_CLIENT, proportions, turn_of
 from pyproxy.model import (
     Action,
     Address,
@@ -42,7 +42,7 @@ MARK_MASQ = "KUBE-MARK-MASQ"
 SETS = "ipset"  # stands where a table does, for members of sets
 CLUSTER_IPS = "PYPROXY-CLUSTER-IPS"
 HAIRPIN = "PYPROXY-HAIRPIN"
-LONGEST_TURN = 256  # slots of a pool in weighted round robin, if it has no more backends
+LONGEST_TURN = 256  # rules of a pool in weighted round robin; longer ones go by chance
 ONE = 1 << 31  # the kernel's probability of 1
 REJECT_WITH: Mapping[Family, str] = {4: "icmp-port-unreachable", 6: "icmp6-port-unreachable"}
 
@@ -218,15 +218,19 @@ def picks(pool: Pool, owner: ServicePortName, note: str = "") -> Iterator[tuple[
     Each rule sees only the connections that those before it left. The last one takes all, and
     has the note: whose chain this is, said where fewest connections pay for it.
     """
-    match pool.scheduler:
-        case "rr" | "wrr":
-            *matches, last = in_turn(pool)
-        case "sh":
-            *matches, last = by_source(pool, owner)
-        case _:
-            *matches, last = at_random(pool)
+    if pool.scheduler in BY_CLIENT:
+        *matches, last = by_source(pool, owner)
+    elif pool.scheduler in ("rr", "wrr") and has_short_turn(pool):
+        *matches, last = in_turn(pool)
+    else:
+        *matches, last = at_random(pool)
     yield from matches
     yield note, last[1]
+
+
+def has_short_turn(pool: Pool) -> bool:
+    """Say whether a turn with exact shares takes few rules: by chance each backend has one."""
+    return sum(proportions(pool)) <= max(LONGEST_TURN, len(pool.backends))
 
 
 def in_turn(pool: Pool) -> Iterator[tuple[str, Address]]:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
-from pyproxy.balancer import BY_CLIENT, BY_CONNECTIONS, turn_of
+from pyproxy.balancer import BY_CLIENT, BY_CONNECTIONS, slot_counts, turn_of
 from pyproxy.model import Address, Pool, Scheduler, ServicePortName
 from pyproxy.rules.nft import (
     Dnat,
@@ -30,7 +30,7 @@ from pyproxy.rules.nft import (
 CHAIN = "chain"  # containers of items that are no elements
 AFFINITY_SET = "affinity-set"
 LONGEST_NAME = 230  # of an owner, to which words are added; NFT_NAME_MAXLEN is 256
-LONGEST_TURN = 256  # slots of a pool, if it has no more backends
+LONGEST_TURN = 256  # slots of a pool, but for large ones
 PICKS: Mapping[Scheduler | None, tuple[str, PickKind]] = {
     None: ("", "random"),
     "random": ("", "random"),
@@ -94,10 +94,12 @@ def endpoint_rules(
 
 
 def turn(pool: Pool) -> tuple[Address, ...]:
-    """Return the addresses of a pool's slots. Without weights they are the backends: most are."""
-    if all(backend.weight == 1 for backend in pool.backends):
-        return tuple([backend.address for backend in pool.backends])
+    """Return the addresses of a pool's slots."""
     return turn_of(pool, longest=LONGEST_TURN)
+
+
+def turn_length(pool: Pool) -> int:
+    return sum(slot_counts(pool, longest=LONGEST_TURN))
 
 
 def identity(owner: ServicePortName) -> str:

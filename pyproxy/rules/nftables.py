@@ -46,7 +46,16 @@ from pyproxy.rules.nft import (
     packed_ip,
     packed_slot,
 )
-from pyproxy.rules.nft_affinity import CHAIN, PICKS, Content, Entrance, affine, identity, turn
+from pyproxy.rules.nft_affinity import (
+    CHAIN,
+    PICKS,
+    Content,
+    Entrance,
+    affine,
+    identity,
+    turn,
+    turn_length,
+)
 from pyproxy.rules.slots import settled
 
 REFUSE = Verdict("goto", "refuse")
@@ -302,7 +311,7 @@ def masquerades(action: Action) -> bool:
 def pool_entrance(port: PortPlan, pool: Pool, place: Place, container: str) -> Entrance:
     if pool.affinity_seconds is not None:
         return affine(port.owner, pool, pool.affinity_seconds, pool_word(port, pool))
-    return shared_pick(place, container, pool.scheduler, len(turn(pool)))
+    return shared_pick(place, container, pool.scheduler, turn_length(pool))
 
 
 @lru_cache(maxsize=4096)

@@ -1,7 +1,7 @@
 """What holds for any input: deltas, turns, caches, plans."""
 
 from ipaddress import ip_network
-from itertools import product
+from itertools import pairwise, product
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,6 +62,17 @@ def test_a_full_turn_gives_every_backend_exactly_its_share(weights):
     assert len(turn) <= LONGEST_TURN
     for backend in backends:
         assert turn.count(backend.address) * sum(weights) == backend.weight * len(turn)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8))
+def test_a_backend_comes_at_even_distances(weights):
+    backends = tuple(Backend(address(n), weight) for n, weight in enumerate(weights))
+    turn = turn_of(Pool(backends))
+    for backend in backends:
+        at = [n for n, found in enumerate(turn) if found == backend.address]
+        distances = [later - n for n, later in pairwise([*at, at[0] + len(turn)])]
+        for distance in distances:
+            assert abs(distance - len(turn) / len(at)) <= len(set(weights))
 
 
 flags = st.booleans()

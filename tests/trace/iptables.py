@@ -243,7 +243,7 @@ def address_of(text):
 
 
 def chosen(pool, owner, client):
-    """Return the backend that the rules of scheduler ``sh`` give a client."""
+    """Return the backend that the rules of a scheduler by client give a client."""
     for match, found in picks(pool, owner):
         if "--bytecode" not in match or verdict(program_of(match.split('"')[1]), client):
             return found

@@ -29,7 +29,7 @@ def picks(subject, chosen, count, client="10.0.0.1", now=0.0):
     [
         pytest.param([1, 1, 1], (A, B, C), id="equal"),
         pytest.param([7, 7], (A, B), id="equal and heavy"),
-        pytest.param([5, 1, 1], (A, A, B, A, C, A, A), id="heavy is spread"),
+        pytest.param([5, 1, 1], (A, B, A, A, A, C, A), id="heavy is spread"),
         pytest.param([4, 2], (A, B, A), id="reduced"),
         pytest.param([3], (A,), id="alone"),
     ],
@@ -47,6 +47,18 @@ def test_a_turn_stays_short_and_forgets_nobody():
     assert turn.total() <= LONGEST_TURN
     assert set(turn) == {A, B, C}
     assert turn[A] / turn[C] == pytest.approx(65535 / 30000, rel=0.02)
+
+
+@pytest.mark.parametrize("count", [200, 255, 256, 300, 1000])
+def test_weights_count_in_large_pools(count):
+    heavy = count // 2
+    turn = Counter(turn_of(pool([3] * heavy + [1] * (count - heavy)), longest=256))
+    assert set(turn.values()) == {3, 1}
+    assert turn.total() == 3 * heavy + count - heavy
+
+
+def test_weights_that_are_nearly_equal_are_no_weights():
+    assert turn_of(pool([65535, 65534])) == (A, B)
 
 
 def test_picks_go_round():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
+from pyproxy.balancer import BY_CLIENT
 from pyproxy.model import Address, Backend, Pool
 from pyproxy.plan import plan_port
 from pyproxy.rules.iptables import (
@@ -222,17 +223,33 @@ def test_turns_are_counted():
 
 
 @pytest.mark.parametrize(
+    ("weights", "word"),
+    [
+        pytest.param([1] * 300, "nth", id="a rule for each backend"),
+        pytest.param([255, 1], "nth", id="256 rules"),
+        pytest.param([256, 1], "random", id="more rules than a packet should walk"),
+    ],
+)
+def test_a_long_turn_goes_by_chance(weights, word):
+    numbered = tuple(Backend(Address(f"10.1.{n // 250}.{n % 250}", 80), w)
+                     for n, w in enumerate(weights))  # fmt: skip
+    *found, _last = picks(Pool(numbered, "wrr"), owner())
+    assert all(f"--mode {word}" in match for match, _ in found)
+
+
+@pytest.mark.parametrize("scheduler", sorted(BY_CLIENT))
+@pytest.mark.parametrize(
     "clients", ["10.244.0.0/22", "10.0.0.0/8", "fd00:10:244::/118", "fd00::/16"]
 )
-def test_clients_are_spread_by_weight_and_keep_their_backend(clients):
+def test_clients_are_spread_by_weight_and_keep_their_backend(clients, scheduler):
     network = ip_network(clients)
     step = network.num_addresses // 1024
-    pool = Pool(backends(3, 1, 4), "sh")
+    pool = Pool(backends(3, 1, 4), scheduler)
     if network.version == 6:
         found = tuple(
             Backend(Address(f"fd00::{n}", 80), b.weight) for n, b in enumerate(pool.backends)
         )
-        pool = Pool(found, "sh")
+        pool = Pool(found, scheduler)
     counts = Counter(chosen(pool, owner(), str(network[step * n])) for n in range(1024))
     for backend in pool.backends:
         assert counts[backend.address] / 1024 == pytest.approx(backend.weight / 8, rel=0.25)
