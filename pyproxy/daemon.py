@@ -92,6 +92,7 @@ class Daemon:
             allow_external_ips=gate(self._config, "AllowServiceExternalIPs"),
             cloud=self._config.cloud_annotations,
             keeps_client_address=self._config.userspace.keep_client_address,
+            ipvs_scheduler=self._config.ipvs.scheduler,
             as_of=dict(self._as_of),
         )
 

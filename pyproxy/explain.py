@@ -15,7 +15,6 @@ from pyproxy.listing import effect
 from pyproxy.model import (
     PROTOS,
     Action,
-    Backend,
     Endpoint,
     Forward,
     Frontend,
@@ -36,6 +35,7 @@ from pyproxy.reasons import (
 )
 from pyproxy.remarks import age, not_ours, owner_of, remarks
 from pyproxy.rules.listeners import Origin, origin_of
+from pyproxy.rules.shares import shares
 from pyproxy.view import Answer, FamilyView, NotThereError, Query, QueryError, View, asked_service
 
 ORIGINS: Final[tuple[Origin, ...]] = get_args(Origin)
@@ -210,7 +210,7 @@ def case_of(
         reason.field,
         masquerade is not None,
         masquerade or kept_where,
-        tuple(shares(action.pool, subject.endpoints)),
+        tuple(shares_of(view, route, action.pool, subject.endpoints)),
         action.pool.affinity_seconds,
         action.pool.scheduler or "",
     )
@@ -226,20 +226,15 @@ def action_from(route: Route, origin: Origin) -> Action:
             return route.from_outside
 
 
-def shares(pool: Pool, endpoints: Sequence[Endpoint]) -> Iterator[Share]:
+def shares_of(
+    view: View, route: Route, pool: Pool, endpoints: Sequence[Endpoint]
+) -> Iterator[Share]:
     known = {endpoint.address: endpoint for endpoint in endpoints}
-    total = sum(backend.weight for backend in pool.backends)
-    for backend in pool.backends:
+    chances = shares(view.mode, route, pool, view.ipvs_scheduler)
+    for number, backend in enumerate(pool.backends):
         it = known.get(backend.address) or Endpoint(backend.address)
-        probability = probability_of(pool, backend, total)
-        yield Share(str(backend.address), it.node, it.pod, it.zone, probability)
-
-
-def probability_of(pool: Pool, backend: Backend, total: int) -> float | None:
-    """Return the chance of a new client; what depends on load or on the client's address varies."""
-    if len(pool.backends) > 1 and pool.scheduler in ("lc", "sh"):
-        return None
-    return round(backend.weight / total, 6)
+        chance = round(chances[number], 6) if chances is not None else None
+        yield Share(str(backend.address), it.node, it.pod, it.zone, chance)
 
 
 # --- one connection -------------------------------------------------------------------------------

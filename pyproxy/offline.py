@@ -37,6 +37,7 @@ def view_of(
         allow_external_ips=gate(config, "AllowServiceExternalIPs"),
         cloud=config.cloud_annotations,
         keeps_client_address=config.userspace.keep_client_address,
+        ipvs_scheduler=config.ipvs.scheduler,
     )
 
 

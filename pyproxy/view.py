@@ -77,6 +77,7 @@ class View(NamedTuple):
     allow_external_ips: bool = True
     cloud: str = ""  # whose annotations count
     keeps_client_address: bool = True  # mode userspace: where answers come back by this node
+    ipvs_scheduler: str = ""  # mode ipvs: of Services that name none
     as_of: Mapping[Kind, float] = MappingProxyType({})  # Unix seconds, of kinds that are stale
 
     def service(self, name: ObjectName) -> Service:

@@ -11,6 +11,7 @@ from pyproxy.balancer import BY_CONNECTIONS, SLOTS_EACH, Picker
 from pyproxy.model import Address, Backend, Forward, Frontend, Pool, PortPlan, Route
 from pyproxy.rules import iptables, ipvs, nftables, socketlb
 from pyproxy.rules.listeners import Listener
+from pyproxy.rules.shares import shares
 from tests.builders import owner
 
 FRONTEND = Frontend("10.96.0.1", 80, "TCP")
@@ -86,13 +87,14 @@ STATES = {
 
 @pytest.mark.parametrize("mode", STATES)
 @given(weights, schedulers)
-def test_the_state_has_the_shares_asked_for(mode, weights, scheduler):
+def test_the_state_has_the_shares_asked_for_and_they_are_told(mode, weights, scheduler):
     if scheduler in BY_CONNECTIONS and mode in ("ipvs", "userspace"):
         scheduler = None  # these count connections
     plan = planned(weights, scheduler)
     (route,) = plan.routes
     pool = route.from_node.pool
     found = STATES[mode](plan, pool)
+    assert shares(mode, route, pool) == pytest.approx(found, abs=1e-6)
     asked = [weight / sum(weights) for weight in weights]
     longest = max(LONGEST.get(mode, 0), SLOTS_EACH * len(weights))
     if mode in LONGEST and sum(weights) // gcd(*weights) > longest:

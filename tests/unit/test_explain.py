@@ -33,6 +33,7 @@ THERE_TOO = Endpoint(address(8), node="node-c")
 def view(
     *objects,
     mode="nftables",
+    ipvs_scheduler="",
     node_port_ips=(NODE_IP,),
     allow_external_ips=True,
     cloud="",
@@ -52,7 +53,9 @@ def view(
     )
     ips = frozenset(node_port_ips)
     family = FamilyView(4, cache, planner.plan, where, around, ips)
-    return View("node-a", mode, (family,), allow_external_ips, cloud, keeps_client_address)
+    return View(
+        "node-a", mode, (family,), allow_external_ips, cloud, keeps_client_address, ipvs_scheduler
+    )
 
 
 def web(*endpoints, **fields):
@@ -186,8 +189,10 @@ def test_endpoints_have_the_probability_of_their_weight():
     assert [(share.address, share.probability) for share in shares] == [
         ("10.244.1.1:8080", 0.75), ("10.244.1.7:8080", 0.25),
     ]  # fmt: skip
-    by_load = web(here(1), THERE, scheduler="lc")
-    assert [share.probability for share in cases(by_load)["pod"].endpoints] == [None, None]
+    by_load = cases(web(here(1), THERE, scheduler="lc"), mode="userspace")
+    assert [share.probability for share in by_load["pod"].endpoints] == [None, None]
+    by_node = cases(objects, mode="ipvs", ipvs_scheduler="lc")
+    assert [share.probability for share in by_node["pod"].endpoints] == [None, None]
 
 
 @pytest.mark.parametrize(
