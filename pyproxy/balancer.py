@@ -5,6 +5,7 @@ turn, and a pick is an index into it. Affinity remembers the backend's address, 
 survives an update that keeps the backend. One writer: the event loop.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from math import gcd
 from zlib import crc32
@@ -13,6 +14,7 @@ from pyproxy.model import Address, Pool, Scheduler
 
 LONGEST_TURN = 1024  # picks; weights that need more are rounded, but in large pools
 SLOTS_EACH = 16  # for each backend of a large pool: so long may its turn be
+MOST_CLIENTS = 65535  # that affinity remembers: as many as a set of mode nftables
 NOBODY: frozenset[Address] = frozenset()
 # Schedulers that differ only in the kernel's virtual servers.
 BY_CLIENT: frozenset[Scheduler | None] = frozenset({"sh", "dh", "mh"})
@@ -26,15 +28,22 @@ class Picker:
     address of the Service it uses) and its connection counts.
     """
 
-    __slots__ = ("_affinity", "_choose", "_open", "_sweep_at", "_turns")
+    __slots__ = ("_affinity", "_choose", "_is_full", "_on_full", "_open", "_turns")
 
-    def __init__(self, choose: Callable[[int], int]) -> None:
-        """``choose(n)`` returns a random number below ``n``."""
+    def __init__(
+        self, choose: Callable[[int], int], on_full: Callable[[], None] = lambda: None
+    ) -> None:
+        """``choose(n)`` returns a random number below ``n``.
+
+        ``on_full`` hears when clients begin to be forgotten before their time.
+        """
         self._choose = choose
+        self._on_full = on_full
         self._turns: dict[int, Turn] = {}  # by identity: a pool is long to hash and to compare
-        self._affinity: dict[str, tuple[Address, float]] = {}
+        # What each client was given, and until when: who was silent longest comes first.
+        self._affinity: OrderedDict[str, tuple[Address, float]] = OrderedDict()
+        self._is_full = False
         self._open: dict[Address, int] = {}
-        self._sweep_at = 1024
 
     def use(self, pools: Collection[Pool]) -> None:
         """Compute the turns of these pools, and forget all others.
@@ -70,8 +79,10 @@ class Picker:
         else:
             address = self._scheduled(turn, client, avoid)
         self._affinity[client] = (address, now + seconds)
-        if len(self._affinity) > self._sweep_at:
-            self._sweep(now)
+        if known is not None:
+            self._affinity.move_to_end(client)
+        else:
+            self._make_room(now)
         return address
 
     def opened(self, backend: Address) -> None:
@@ -106,9 +117,21 @@ class Picker:
         ordered = ring[start:] + ring[:start]
         return min(ordered, key=lambda b: (count(b.address, 0) + 1) / b.weight).address
 
-    def _sweep(self, now: float) -> None:
-        self._affinity = {c: kept for c, kept in self._affinity.items() if now < kept[1]}
-        self._sweep_at = max(1024, 2 * len(self._affinity))
+    def _make_room(self, now: float) -> None:
+        """Forget two clients whose time is over, for one that came; and one if it is too many."""
+        clients = self._affinity
+        for _ in range(2):
+            oldest = next(iter(clients))
+            if now < clients[oldest][1]:
+                break
+            del clients[oldest]
+        if len(clients) > MOST_CLIENTS:
+            clients.popitem(last=False)
+            if not self._is_full:
+                self._on_full()
+            self._is_full = True
+        elif len(clients) < MOST_CLIENTS * 3 // 4:
+            self._is_full = False
 
 
 class Turn:

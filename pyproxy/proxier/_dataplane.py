@@ -4,6 +4,7 @@ A process of its own has one, and so has the one that plans: each for the client
 the sockets it looks after.
 """
 
+import logging
 import random
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from functools import partial
 
 from msgspec import Struct
 
-from pyproxy.balancer import Picker
+from pyproxy.balancer import MOST_CLIENTS, Picker
 from pyproxy.counters import Entry
 from pyproxy.model import Family, Forward, Frontend, Pool, Proto, ServicePortName
 from pyproxy.proxier._flow import IdleTimeouts, UdpRelay
@@ -21,6 +22,8 @@ from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._transparent import Transparent
 from pyproxy.proxier._way import Capture
 from pyproxy.rules.listeners import Listener, Surroundings
+
+log = logging.getLogger(__name__)
 
 Observe = Callable[[Proto, str], None]  # the result of a connection, for the metrics
 
@@ -81,7 +84,7 @@ class DataPlane:
 
         Nothing waits in here: a connection sees the pools of before, or those of after.
         """
-        picker = self._pickers.get(owner) or Picker(random.randrange)
+        picker = self._pickers.get(owner) or Picker(random.randrange, partial(tell_of_many, owner))
         self._pickers[owner] = picker
         picker.use(pools({**self.fronts.of(owner), **listeners}))
         refused = {}
@@ -123,6 +126,11 @@ class DataPlane:
         self.udp.close_all()
         if self.transparent is not None:
             self.transparent.close()
+
+
+def tell_of_many(owner: ServicePortName) -> None:
+    fields = {"service": str(owner), "remembered": MOST_CLIENTS}
+    log.warning("session affinity forgets who was silent longest: many clients", extra=fields)
 
 
 def pools(listeners: Mapping[Frontend, Listener]) -> list[Pool]:

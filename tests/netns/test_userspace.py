@@ -9,6 +9,7 @@ from ipaddress import ip_network
 
 import pytest
 
+from pyproxy import balancer
 from pyproxy.config import Config, IPTables
 from pyproxy.host import Host
 from pyproxy.model import Address
@@ -375,6 +376,17 @@ async def test_affinity_keeps_a_client_with_one_endpoint():
         again = [await node.ask(node.vip(1), source=POD[4]) for _ in range(4)]
         again += [await node.ask(NODE_IP[4], 30080, source=POD[4])]
         assert again == [first] * 5
+
+
+async def test_the_log_says_once_that_affinity_forgets_clients(monkeypatch, caplog):
+    monkeypatch.setattr(balancer, "MOST_CLIENTS", 1)
+    async with Backend(4, "a") as a, proxied(4) as node:
+        await node.service("web", 1, node_port=30080, affinity_seconds=600)
+        await node.endpoints("web", a.address)
+        for source in (POD[4], STRANGER[4], POD[4]):
+            assert await node.ask(node.vip(1), source=source)
+        told = [r.service for r in caplog.records if "affinity forgets" in r.message]
+        assert told == ["default/web"]
 
 
 async def test_running_out_of_file_descriptors_ends_nothing():

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from pyproxy.balancer import LONGEST_TURN, Picker, turn_of
+from pyproxy.balancer import LONGEST_TURN, MOST_CLIENTS, Picker, turn_of
 from pyproxy.model import Backend, Pool
 from tests.builders import address
 
@@ -150,4 +150,28 @@ def test_affinity_forgets_clients_that_stay_away():
     subject = picker(chosen)
     for number in range(5000):
         subject.pick(chosen, str(number), float(number))
-    assert len(subject._affinity) < 1100
+    assert len(subject._affinity) == 1
+
+
+def test_affinity_remembers_so_many_clients_and_forgets_who_was_silent_longest():
+    chosen, told = pool([1] * 8, affinity_seconds=1000), []
+    subject = Picker(lambda n: 0, lambda: told.append(len(subject._affinity)))
+    subject.use([chosen])
+    first = {str(n): subject.pick(chosen, str(n), 0) for n in range(MOST_CLIENTS)}
+    assert subject.pick(chosen, "0", 1) == first["0"], "who comes again is younger than all"
+    assert told == []
+    for number in range(100):
+        subject.pick(chosen, f"new {number}", 2)
+    assert told == [MOST_CLIENTS], "said once"
+    assert set(first) - set(subject._affinity) == {str(n) for n in range(1, 101)}
+    assert all(subject.pick(chosen, c, 3) == first[c] for c in ("0", "101", str(MOST_CLIENTS - 1)))
+
+
+def test_that_affinity_forgets_is_told_again_when_it_had_room_meanwhile():
+    chosen, told = pool(affinity_seconds=10), []
+    subject = Picker(lambda n: 0, lambda: told.append(True))
+    subject.use([chosen])
+    for start in (0, 1000):
+        for number in range(MOST_CLIENTS + 1):
+            subject.pick(chosen, str(number + start * MOST_CLIENTS), start)
+    assert told == [True, True]
