@@ -243,6 +243,14 @@ class Frontend(NamedTuple):
         where = Address(self.ip, self.port) if self.ip else f"node:{self.port}"
         return f"{where}/{self.proto}"
 
+    @classmethod
+    def parse(cls, text: str) -> "Frontend":
+        """Read what a frontend prints as. Raises ``ValueError``."""
+        where, _, proto = text.rpartition("/")
+        ip, _, port = where.rpartition(":")
+        known = PROTOS[PROTOS.index(proto)]
+        return cls("" if ip == "node" else ip.strip("[]"), int(port), known)
+
 
 class Backend(NamedTuple):
     """A member of a pool."""

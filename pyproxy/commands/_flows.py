@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from pyproxy.comparison import RouteChange, RouteChanges
-from pyproxy.model import FAMILIES, PROTOS, Family, Frontend, PortPlan, ServicePortName, family_of
+from pyproxy.comparison import RouteChanges
+from pyproxy.model import FAMILIES, Family, Frontend, PortPlan, ServicePortName
 from pyproxy.planned import PlanRow, port_plan
 from pyproxy.proxier._conntrack import Conntrack
 from pyproxy.rules.flows import Flow, Pending, Review, condemned
@@ -30,7 +30,11 @@ def with_flows(
     items, flows, ending = list(found.items), 0, 0
     for family in FAMILIES:
         old, new = ports_of(before, family), ports_of(after, family)
-        touched = {at: f for at, item in enumerate(items) if (f := frontend_of(item, family))}
+        touched = {
+            at: Frontend.parse(item.frontend)
+            for at, item in enumerate(items)
+            if item.family == family
+        }
         wanted = set(touched.values())
         wanted |= frontends_of(
             plan for plan in old.values() if moves or plan != new.get(plan.owner)
@@ -75,13 +79,3 @@ def counted(flows: Iterable[Flow], wanted: set[Frontend]) -> Counter[Frontend]:
         own = Frontend(ip, port, flow.proto)
         counts[own if own in wanted else Frontend("", port, flow.proto)] += 1
     return counts
-
-
-def frontend_of(item: RouteChange, family: Family) -> Frontend | None:
-    """Read a frontend back from its text; None if it is of the other family."""
-    where, _, proto = item.frontend.rpartition("/")
-    address, _, port = where.rpartition(":")
-    ip = "" if address == "node" else address.strip("[]")
-    if item.family != family or (ip and family_of(ip) != family):
-        return None
-    return next((Frontend(ip, int(port), name) for name in PROTOS if name == proto), None)

@@ -23,11 +23,10 @@ from pyproxy.doctor.look_closer import thoroughly
 from pyproxy.doctor.setup import Setup
 from pyproxy.kube.access import SourceError
 from pyproxy.listing import Routes
-from pyproxy.model import Frontend, Proto
+from pyproxy.model import Frontend
 from pyproxy.process import SystemClock, families
 from pyproxy.settings import file_text, loaded
 
-PROTOS: dict[str, Proto] = {"TCP": "TCP", "UDP": "UDP", "SCTP": "SCTP"}
 MARGIN = "  "
 
 
@@ -93,16 +92,9 @@ def told(
 
 def frontends(whom: Source) -> tuple[Served, ...]:
     return tuple(
-        Served(frontend_of(row.frontend), f"{row.namespace}/{row.service}")
+        Served(Frontend.parse(row.frontend), f"{row.namespace}/{row.service}")
         for row in whom.ask("routes", Routes, {}).items
     )
-
-
-def frontend_of(text: str) -> Frontend:
-    """Read what a frontend prints as, such as ``10.96.0.1:80/TCP`` and ``node:30080/UDP``."""
-    where, _, proto = text.partition("/")
-    ip, _, port = where.rpartition(":")
-    return Frontend("" if ip == "node" else ip.strip("[]"), int(port), PROTOS[proto])
 
 
 def with_server(facts: Facts, kubeconfig: str, master: str) -> Facts:

@@ -10,6 +10,7 @@ from pyproxy.balancer import LONGEST_TURN, turn_of
 from pyproxy.cache import Cache
 from pyproxy.delta import diff, merge, patch
 from pyproxy.model import (
+    PROTOS,
     Address,
     Backend,
     Drop,
@@ -73,6 +74,14 @@ def test_a_backend_comes_at_even_distances(weights):
         distances = [later - n for n, later in pairwise([*at, at[0] + len(turn)])]
         for distance in distances:
             assert abs(distance - len(turn) / len(at)) <= len(set(weights))
+
+
+ips = st.just("") | st.ip_addresses().map(str)
+
+
+@given(st.builds(Frontend, ips, st.integers(1, 65535), st.sampled_from(PROTOS)))
+def test_a_frontend_is_read_as_it_is_printed(frontend):
+    assert Frontend.parse(str(frontend)) == frontend
 
 
 flags = st.booleans()

@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from pyproxy.commands.doctor import frontend_of, text
+from pyproxy.commands.doctor import text
 from pyproxy.doctor.facts import Facts, Finding, Link, Module, Served, Server, Tracked
 from pyproxy.doctor.findings import Report, findings, worth_a_warning
 from pyproxy.doctor.look import default_ways
@@ -295,18 +295,6 @@ def test_what_does_no_harm_is_not_told(facts):
 
 
 # --- reading and printing -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "frontend",
-    [
-        Frontend("10.96.0.1", 443, "TCP"),
-        Frontend("fd00::1", 53, "UDP"),
-        Frontend("", 30080, "SCTP"),
-    ],
-)
-def test_a_frontend_is_read_as_it_is_printed(frontend):
-    assert frontend_of(str(frontend)) == frontend
 
 
 def test_default_routes_lead_to_uplinks():
