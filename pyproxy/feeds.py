@@ -31,13 +31,20 @@ class FeedError(Exception):
     """There is nowhere to read objects from; the text says what must change first."""
 
 
-async def feed_from(options: Options, config: Config, node: str, metrics: Metrics) -> Feed:
-    """Return what the flags say to follow. Raises ``FeedError``."""
-    feed = await _feed_from(options, config, node, metrics)
+async def feed_from(
+    options: Options, config: Config, node: str, metrics: Metrics, state_dir: str = ""
+) -> Feed:
+    """Return what the flags say to follow. Raises ``FeedError``.
+
+    Only who serves the node has a ``state_dir``: what others have seen is not what is programmed.
+    """
+    feed = await _feed_from(options, config, node, metrics, state_dir)
     return LingeringFeed(feed) if is_beside(config) else feed
 
 
-async def _feed_from(options: Options, config: Config, node: str, metrics: Metrics) -> Feed:
+async def _feed_from(
+    options: Options, config: Config, node: str, metrics: Metrics, state_dir: str
+) -> Feed:
     name = config.service_proxy_name
     try:
         if options.manifests:
@@ -56,11 +63,11 @@ async def _feed_from(options: Options, config: Config, node: str, metrics: Metri
     except (SourceError, ManifestError) as error:
         raise FeedError(str(error)) from error
     feed = KubeFeed(api, node)
-    if not options.state_dir:
+    if not state_dir:
         return feed
     whose = f"Services of proxy {name}" if name else ""
     origin = " ".join(filter(None, (f"Node {node} of {api.url}", kubeconfig, whose)))
-    return RememberedFeed(feed, Path(options.state_dir), origin, metrics, SystemClock().unix)
+    return RememberedFeed(feed, Path(state_dir), origin, metrics, SystemClock().unix)
 
 
 class KubeFeed:

@@ -61,10 +61,14 @@ class RememberedFeed(Between):
             tasks.create_task(self._save_changes(), name="save state")
 
     async def aclose(self) -> None:
-        if self._changed.is_set() and not self._stale and self._fresh:
+        if self._changed.is_set() and self._knows_all():
             await self._save()
         self._close_journal()
         await super().aclose()
+
+    def _knows_all(self) -> bool:
+        """Whether nothing is missing, nor known from the file only: another file is better."""
+        return set(KINDS) <= self._fresh
 
     def _take_in(self, change: Change) -> None:
         self._known.see(change)
@@ -139,7 +143,7 @@ class RememberedFeed(Between):
                     async with asyncio.timeout(self.times.delay):
                         await self._urgent.wait()
             await asyncio.sleep(self.times.hurry)
-            if not self._stale and set(KINDS) <= self._fresh:
+            if self._knows_all():
                 self._changed.clear()
                 await self._save()
 

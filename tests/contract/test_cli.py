@@ -14,12 +14,14 @@ import yaml
 from pyproxy import __version__, proxier
 from pyproxy.cli import allowed_modes, resolved_mode
 from pyproxy.config import Config
+from tests.fakes.apiserver import FakeApiServer
 
 # The event loop of the test is not that of the process: one will do.
 pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])
 
 PATIENCE_SECONDS = 30  # a limit for a test that fails, not a wait
 NOBODY = "http://127.0.0.1:1"  # an API server that never answers: nothing is ever written
+HERE = {"type": "InternalIP", "address": "127.0.0.1"}
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 HINT = " (pyproxy --help lists all flags)"
 FLAGS_ONLY = ": there are only flags" + HINT
@@ -313,6 +315,16 @@ async def test_a_signal_ends_it_in_peace(number):
         outcome = await ended(process)
     assert outcome.code == 0
     assert '"stopping"' in outcome.errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words", ["run --init-only --proxy-mode=userspace", "get services"])
+async def test_who_does_not_serve_the_node_keeps_no_state_of_it(tmp_path, words):
+    async with FakeApiServer() as server:
+        server.put("nodes", "here", status={"addresses": [HERE]})
+        flags = ("--master", server.url, "--hostname-override=here", "--state-dir", tmp_path)
+        bound = bound_to(free_port(), free_port())
+        outcome = await pyproxy(*words.split(), *flags, *bound, "--control-socket=")
+    assert (outcome.code, os.listdir(tmp_path)) == (0, [])
 
 
 async def test_who_reads_may_have_enough():

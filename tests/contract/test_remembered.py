@@ -93,6 +93,16 @@ async def test_a_half_known_cluster_is_not_written(tmp_path):
         assert not (tmp_path / "state").exists()
 
 
+async def test_a_start_that_is_stopped_early_leaves_the_file_as_it_was(tmp_path):
+    async with followed(tmp_path, *LISTS.values()):
+        await until((tmp_path / "state").exists)
+    before = (tmp_path / "state").read_bytes()
+    gating = [LISTS[kind] for kind in KINDS if kind != "ServiceCIDR"]
+    async with followed(tmp_path, *gating, Upsert("Service", API)) as feed:
+        await feed.taken_in()
+    assert (tmp_path / "state").read_bytes() == before
+
+
 async def test_the_last_change_before_the_end_is_kept(tmp_path):
     async with followed(tmp_path, *LISTS.values()) as feed:
         await until((tmp_path / "state").exists)
