@@ -1,7 +1,8 @@
 """Keeps what the API server said on disk, and goes by it when a start finds the server away.
 
-The file is never older than what is in the kernel: what changes after it was written is appended
-before anybody hears of it. A start that went by an older word would take away what works.
+What changes after the file was written is appended before anybody hears of it, and a file that
+cannot be continued is removed: a start that went by an older word would take away what works. Only
+a list has nothing appended, and makes a new file due at once.
 """
 
 import asyncio
@@ -51,6 +52,7 @@ class RememberedFeed(Between):
         self._journal: Journal | None = None  # the file, once it has all that we know
         self._saving: list[bytes] | None = None  # changes of while it is written
         self._urgent = asyncio.Event()
+        self._writing: asyncio.Future[None] | None = None  # a thread, which nothing can cancel
         self._on_change: Callable[[Change], None] = self._known.see
 
     async def follow(self, on_change: Callable[[Change], None]) -> None:
@@ -61,7 +63,8 @@ class RememberedFeed(Between):
             tasks.create_task(self._save_changes(), name="save state")
 
     async def aclose(self) -> None:
-        if self._changed.is_set() and self._knows_all():
+        has_all = self._journal is not None and self._saving is None
+        if self._knows_all() and not has_all:
             await self._save()
         self._close_journal()
         await super().aclose()
@@ -127,6 +130,12 @@ class RememberedFeed(Between):
         except OSError as error:
             self._complain(error)
             self._close_journal()
+            self._remove_file()
+
+    def _remove_file(self) -> None:
+        """Let no start go by a file that lacks what we have passed on."""
+        with suppress(OSError):
+            self._path.unlink()
 
     def _close_journal(self) -> None:
         if self._journal is not None:
@@ -158,17 +167,26 @@ class RememberedFeed(Between):
         try:
             if len(data) > MAX_BYTES:
                 raise OSError(0, f"{len(data)} bytes are more than {MAX_BYTES}")
-            await asyncio.to_thread(replace_file, self._path, data)
+            await self._replace_file(data)
             self._close_journal()
             if self._saving is since:  # else there was a list meanwhile: all is to be written anew
                 self._journal = Journal(self._path, len(data))
                 self._journal.append(b"".join(since))
         except OSError as error:
             self._complain(error)
-            self._close_journal()
+            if self._journal is None:  # else the old file is still continued
+                self._remove_file()
         else:
             self._trouble = None
         self._saving = None
+
+    async def _replace_file(self, data: bytes) -> None:
+        """Write after whoever writes already, also if we are cancelled. Raises ``OSError``."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+        loop = asyncio.get_running_loop()
+        self._writing = loop.run_in_executor(None, replace_file, self._path, data)
+        await asyncio.shield(self._writing)
 
     def _complain(self, error: OSError) -> None:
         if error.strerror != self._trouble:
@@ -190,7 +208,9 @@ class Journal:
         self._size += len(data)
         if self._size > MAX_BYTES:
             raise OSError(0, f"{self._size} bytes are more than {MAX_BYTES}")
-        os.write(self._handle, data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._handle, rest) :]
 
     def close(self) -> None:
         os.close(self._handle)

@@ -2,8 +2,13 @@
 
 import asyncio
 import contextlib
+import resource
 import shutil
+import threading
 
+import pytest
+
+from pyproxy import remembered
 from pyproxy.metrics import Metrics
 from pyproxy.model import Node, Remove, Replace, Upsert
 from pyproxy.remembered import RememberedFeed, Times
@@ -130,6 +135,75 @@ async def test_a_change_is_in_the_file_before_anybody_hears_of_it(tmp_path):
         assert await told_after_a_crash(tmp_path / "a", tmp_path / "b") == Replace(
             "Service", (API,), SAVED_AT
         )
+
+
+@contextlib.contextmanager
+def room_for(size):
+    """Let files grow up to this: a write beyond it is cut short, and the next one fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [0, 5])
+async def test_a_file_that_cannot_be_continued_is_removed(tmp_path, caplog, room):
+    file = tmp_path / "state"
+    async with followed(tmp_path, *LISTS.values(), times=SLOW) as feed:
+        await until(file.exists)
+        await asyncio.sleep(0.05)  # until it is open again
+        with room_for(file.stat().st_size + room):
+            feed.tell(Upsert("Service", API))
+            await feed.taken_in()
+        assert (file.exists(), "cannot save" in caplog.text) == (False, True)
+    assert (await told_after_a_crash(tmp_path, tmp_path / "b")).objects == (WEB, API)
+
+
+async def test_an_older_file_that_cannot_be_replaced_is_removed(tmp_path, caplog):
+    file = tmp_path / "state"
+    async with followed(tmp_path, *LISTS.values()):
+        await until(file.exists)
+    with room_for(10):
+        async with followed(tmp_path, *LISTS.values()):
+            await until(lambda: "cannot save" in caplog.text)
+            assert not file.exists()
+
+
+async def test_a_file_that_is_continued_outlives_a_new_one_that_cannot_be(tmp_path, caplog):
+    async with followed(tmp_path / "a", *LISTS.values()) as feed:
+        await until((tmp_path / "a" / "state").exists)
+        await asyncio.sleep(0.05)  # until it is open again
+        (tmp_path / "a" / "state.new").mkdir()
+        feed.tell(Upsert("Service", API))
+        await until(lambda: "cannot save" in caplog.text)
+        feed.tell(Remove("Service", WEB.name))
+        await feed.taken_in()
+        assert (await told_after_a_crash(tmp_path / "a", tmp_path / "b")).objects == (API,)
+
+
+async def test_who_stops_while_it_writes_writes_the_last_word_last(tmp_path, monkeypatch):
+    begun, overtaken = threading.Event(), threading.Event()
+    really = remembered.replace_file
+
+    def slow_at_first(path, data):
+        if not begun.is_set():
+            begun.set()
+            overtaken.wait(0.3)
+            really(path, data)
+        else:
+            really(path, data)
+            overtaken.set()
+
+    monkeypatch.setattr(remembered, "replace_file", slow_at_first)
+    async with followed(tmp_path / "a", *LISTS.values()) as feed:
+        await until(begun.is_set)
+        feed.tell(Upsert("Service", API))
+        await feed.taken_in()
+    await asyncio.to_thread(overtaken.wait, 1)
+    await asyncio.sleep(0.05)  # for who was overtaken, if anybody was
+    assert (await told_after_a_crash(tmp_path / "a", tmp_path / "b")).objects == (WEB, API)
 
 
 async def test_a_list_makes_a_new_file_at_once(tmp_path):
