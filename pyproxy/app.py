@@ -147,9 +147,14 @@ class App:
         self._stop.set()
 
     def _jobs(self, tasks: asyncio.TaskGroup) -> list[Coroutine[object, object, None]]:
+        jobs = [self._feed.follow(self._change), self._host.follow(), self._serve(tasks)]
+        return jobs if self._settings.init_only else [*jobs, *self._servers(tasks)]
+
+    def _servers(self, tasks: asyncio.TaskGroup) -> list[Coroutine[object, object, None]]:
+        """Return who answers questions, for as long as we run."""
         config, failed = self._settings.config, partial(self._server_failed, tasks)
         hard = config.bind_address_hard_fail
-        jobs = [self._feed.follow(self._change), self._host.follow(), self._serve(tasks)]
+        jobs = []
         if config.healthz_bind_address:
             server = health_server(
                 config.healthz_bind_address, self._health, self._metrics, self._clock.unix,
@@ -157,7 +162,7 @@ class App:
             )  # fmt: skip
             jobs.append(server.run())
         about = About(
-            mode=self._settings.config.mode,
+            mode=config.mode,
             config=dump(config),
             flags=self._settings.flags,
             started_at=self._clock.unix(),

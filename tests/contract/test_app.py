@@ -281,13 +281,23 @@ async def test_what_a_watchdog_finds_is_fatal():
     assert feed.is_closed
 
 
-async def test_init_only_ends_by_itself_and_serves_nothing():
+async def test_init_only_ends_by_itself_and_serves_nothing(tmp_path):
     front = Address(VIP, free_port())
+    flags = {"init_only": True, "control_socket": str(tmp_path / "control.sock")}
     async with pod() as backend:
         feed = FakeFeed(*web(backend, front.port), Replace("Node", (HERE,)))
-        await Proxy(feed, flags={"init_only": True}).run()
+        await Proxy(feed, flags=flags).run()
         assert await ask(opened(), front) == Reply("refused")
-    assert (feed.is_closed, feed.events) == (True, [])
+    assert (feed.is_closed, feed.events, list(tmp_path.iterdir())) == (True, [], [])
+
+
+async def test_init_only_needs_no_address_that_the_one_who_serves_has():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        both = {"healthz_bind_address": where, "metrics_bind_address": where}
+        feed = FakeFeed(*NOTHING, Replace("Node", (HERE,)))
+        await Proxy(feed, flags={"init_only": True}, bind_address_hard_fail=True, **both).run()
+    assert feed.events == []
 
 
 NODE = """
