@@ -51,9 +51,10 @@ from pyproxy.own_node import NodeError, OwnNode
 from pyproxy.plan import Site
 from pyproxy.reconcile import Clock, Proxier
 from pyproxy.runner import Pace
-from pyproxy.telemetry import Telemetry
+from pyproxy.telemetry import Drifts, Telemetry
 from pyproxy.topology import Place
 
+ABOUT_US = "StartKubeProxy"  # the action of an Event about no Service
 FULL_SYNC_SECONDS = 3600.0
 GATING: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node")
 WILDCARD: dict[Family, str] = {4: "0.0.0.0", 6: "::"}
@@ -94,6 +95,9 @@ class App:
         self._clock = clock
         self._health = Health(2 * sync_seconds)
         self._telemetry = Telemetry(self._health, metrics, clock.unix)
+        self._drifts = Drifts(
+            partial(feed.record, "RulesChanged", warning=True, action=ABOUT_US, service=None)
+        )
         self._listed = {kind: asyncio.Event() for kind in GATING}
         by_cidr = config.detect_local_mode == "NodeCIDR"
         self._own = OwnNode(settings.node_name, needs_pod_cidrs=by_cidr)
@@ -365,8 +369,7 @@ class App:
     ) -> None:
         """Tell that somebody else changed our rules, which are put right again."""
         self._telemetry.drifted(family, count, who)
-        message = f"{count} rules in table {table} (IPv{family}) were changed by {who}"
-        self._record(tasks, "RulesChanged", message, warning=True)
+        self._drifts.noted(tasks, table, family, count, who)
 
     def _server_failed(self, tasks: asyncio.TaskGroup, reason: str, error: str) -> None:
         self._record(tasks, reason, error, warning=True)
@@ -380,7 +383,7 @@ class App:
         warning: bool = False,
         service: ObjectName | None = None,
     ) -> None:
-        action = "Listen" if service is not None else "StartKubeProxy"
+        action = "Listen" if service is not None else ABOUT_US
         tasks.create_task(
             self._feed.record(reason, message, warning=warning, action=action, service=service),
             name=f"event {reason}",

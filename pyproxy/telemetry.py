@@ -1,7 +1,9 @@
 """Passes on what happens: syncs and changes to health, metrics and the log."""
 
+import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection
 
 from pyproxy.health import Health
 from pyproxy.log import vlog
@@ -22,6 +24,7 @@ from pyproxy.model import (
 from pyproxy.report import SyncReport
 
 SHOWN = 5  # of a list of troubles, in one line of the log
+EVENT_SECONDS = 300.0  # from one Event about a table to the next
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +148,38 @@ class Telemetry:
             log.log(level, event, extra={"count": len(new), "which": "; ".join(new[:SHOWN])})
         if before - now:
             log.info("over", extra={"trouble": event, "count": len(before - now)})
+
+
+class Drifts:
+    """Events about tables that others change: the first at once, then one for all of a while.
+
+    Who fights with us for a table may do so several times a second, on every node.
+    """
+
+    def __init__(self, record: Callable[[str], Awaitable[None]]) -> None:
+        self._record = record
+        self._untold: dict[tuple[str, Family], Counter[str]] = {}  # of whom there was an Event
+
+    def noted(
+        self, tasks: asyncio.TaskGroup, table: str, family: Family, count: int, who: str
+    ) -> None:
+        key = (table, family)
+        is_new = key not in self._untold
+        self._untold.setdefault(key, Counter())[who] += count
+        if is_new:
+            tasks.create_task(self._tell(key), name=f"events of {table}")
+
+    async def _tell(self, key: tuple[str, Family]) -> None:
+        table, family = key
+        while found := self._untold[key]:
+            self._untold[key] = Counter()
+            who = ", ".join(name for name, _ in found.most_common(SHOWN))
+            count = found.total()
+            await self._record(
+                f"{count} rules in table {table} (IPv{family}) were changed by {who}"
+            )
+            await asyncio.sleep(EVENT_SECONDS)
+        del self._untold[key]
 
 
 def events_of(change: Change, family: Family, *, concerned: bool) -> int:

@@ -1,5 +1,6 @@
 """What reaches health, metrics and the log, and how often."""
 
+import asyncio
 import logging
 
 import pytest
@@ -8,7 +9,7 @@ from pyproxy.health import Health
 from pyproxy.metrics import Metrics
 from pyproxy.model import ObjectName, Remove, Replace, Upsert
 from pyproxy.report import SyncReport
-from pyproxy.telemetry import SHOWN, Telemetry
+from pyproxy.telemetry import EVENT_SECONDS, SHOWN, Drifts, Telemetry
 from tests.builders import endpoint_slice, owner, service
 
 NOW = 1_700_000_000.0
@@ -250,3 +251,30 @@ def test_only_what_is_new_is_told_and_not_all_of_very_many(observed, told):
     first, second = told()
     assert first == ("WARNING", "not served", SHOWN + 2, "; ".join(many[:SHOWN]))
     assert second == ("WARNING", "not served", 1, "one more")
+
+
+@pytest.mark.jumping
+async def test_who_changes_a_table_again_and_again_is_an_event_once_in_a_while():
+    now = asyncio.get_running_loop().time
+    events = []
+
+    async def record(note):
+        events.append((now(), note))
+
+    drifts = Drifts(record)
+    async with asyncio.TaskGroup() as tasks:
+        for second in range(400):
+            drifts.noted(tasks, "pyproxy", 4, 2, "nft" if second % 4 else "iptables")
+            if second == 10:
+                drifts.noted(tasks, "pyproxy", 6, 1, "somebody")
+            await asyncio.sleep(1)
+        await asyncio.sleep(2 * EVENT_SECONDS)
+        drifts.noted(tasks, "pyproxy", 4, 3, "nft")
+    note = "{} rules in table pyproxy (IPv{}) were changed by {}"
+    assert events == [
+        (0.0, note.format(2, 4, "iptables")),
+        (10.0, note.format(1, 6, "somebody")),
+        (EVENT_SECONDS, note.format(598, 4, "nft, iptables")),
+        (2 * EVENT_SECONDS, note.format(200, 4, "nft, iptables")),
+        (400 + 2 * EVENT_SECONDS, note.format(3, 4, "nft")),
+    ]
