@@ -11,7 +11,7 @@ from pyproxy.config import Config, is_beside
 from pyproxy.config.flags import Options
 from pyproxy.feed import Feed
 from pyproxy.kube.access import SourceError
-from pyproxy.kube.api import KubeApi, Regarding, connect
+from pyproxy.kube.api import KubeApi, Regarding, Throttle, connect
 from pyproxy.kube.source import follow
 from pyproxy.kube.watch import WatchMachine
 from pyproxy.lingering import LingeringFeed
@@ -53,12 +53,14 @@ async def _feed_from(
             await asyncio.to_thread(source.check)
             return ManifestFeed(source)
         kubeconfig = config.client_connection.kubeconfig
+        throttle = Throttle(config.client_connection.qps, config.client_connection.burst)
         api = await connect(
             kubeconfig,
             options.master,
             node=node,
             proxy_name=name,
             observe=metrics.rest_request,
+            throttle=throttle,
         )
     except (SourceError, ManifestError) as error:
         raise FeedError(str(error)) from error

@@ -70,13 +70,13 @@ GROUPS: Final = (
                 "kube-api-qps",
                 NUMBER,
                 "client_connection.qps",
-                "Requests to the API server, each second.",
+                "Requests to the API server each second, a watch being one; negative: no limit.",
             ),
             Flag(
                 "kube-api-burst",
                 INTEGER,
                 "client_connection.burst",
-                "Requests to the API server at once.",
+                "Requests to the API server that may go at once, before the limit counts.",
             ),
             Flag(
                 "config-sync-period",

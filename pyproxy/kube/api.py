@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -57,6 +58,21 @@ class Regarding(NamedTuple):
     uid: str = ""
 
 
+class Throttle:
+    """Lets ``burst`` requests go at once, and ``qps`` each second after that; 0: all of them."""
+
+    def __init__(self, qps: float = 0.0, burst: int = 1) -> None:
+        self._interval = 1 / qps if qps > 0 else 0.0
+        self._slack = self._interval * (max(burst, 1) - 1)
+        self._due = -math.inf  # when the next one would go, if all had kept the interval
+
+    def delay(self, now: float) -> float:
+        """Count a request; return after how many seconds it may go."""
+        due = max(self._due, now)
+        self._due = due + self._interval
+        return max(0.0, due - self._slack - now)
+
+
 class RefusedError(Exception):
     """The server answered a request with an error."""
 
@@ -76,13 +92,21 @@ async def connect(
     node: str,
     proxy_name: str = "",
     observe: Observe | None = None,
+    throttle: Throttle | None = None,
 ) -> "KubeApi":
     """Return the API server that the configuration names. Raises ``SourceError``.
 
     It is not asked anything yet: it may well come up later than we do.
     """
     access = await open_access(kubeconfig, master)
-    return KubeApi(access, node=node, proxy_name=proxy_name, observe=observe, random=Random())
+    return KubeApi(
+        access,
+        node=node,
+        proxy_name=proxy_name,
+        observe=observe or _nobody_observes,
+        throttle=throttle or Throttle(),
+        random=Random(),
+    )
 
 
 class KubeApi:
@@ -94,13 +118,15 @@ class KubeApi:
         *,
         node: str,
         proxy_name: str,
-        observe: Observe | None,
+        observe: Observe,
+        throttle: Throttle,
         random: Random,
     ) -> None:
         self._access = access
         self._node = node
         self._proxy_name = proxy_name
-        self._observe = observe or _nobody_observes
+        self._observe = observe
+        self._throttle = throttle
         self._random = random
         self._resources = _resources(node, proxy_name)
         self._session = aiohttp.ClientSession(
@@ -248,6 +274,7 @@ class KubeApi:
     ) -> aiohttp.ClientResponse:
         """Return the answer's beginning; whoever gets it releases it."""
         clock = asyncio.get_running_loop().time
+        await asyncio.sleep(self._throttle.delay(clock()))
         started_at = clock()
         code = "<error>"
         try:

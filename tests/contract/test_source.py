@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pyproxy.kube import api as kube_api
-from pyproxy.kube.api import Regarding, UnreachableError, connect, split_lines
+from pyproxy.kube.api import Regarding, Throttle, UnreachableError, connect, split_lines
 from pyproxy.kube.events import Bookmark, Changed
 from pyproxy.kube.source import follow
 from pyproxy.kube.watch import Watch, WatchMachine
@@ -352,3 +352,18 @@ async def test_an_event_that_cannot_be_created_is_only_logged(server, caplog):
         async with await connect("", server.url, node="here") as api:
             await api.create_event("Starting", "", Regarding("Node", "here"))
     assert caplog.messages == ["could not create the event Starting: 403 forbidden"]
+
+
+@pytest.mark.parametrize(
+    ("qps", "burst", "asked_at", "delays"),
+    [
+        pytest.param(5.0, 3, [0.0] * 5, [0.0, 0.0, 0.0, 0.2, 0.4], id="a burst, and then evenly"),
+        pytest.param(5.0, 1, [0.0, 0.1, 0.5], [0.0, 0.1, 0.0], id="one at once"),
+        pytest.param(5.0, 0, [0.0, 0.0], [0.0, 0.2], id="no burst is one"),
+        pytest.param(5.0, 2, [0, 0, 9, 9, 9], [0.0, 0.0, 0.0, 0.0, 0.2], id="rest saves no more"),
+        pytest.param(-1.0, 1, [0.0] * 3, [0.0] * 3, id="no limit"),
+    ],
+)
+def test_a_throttle(qps, burst, asked_at, delays):
+    throttle = Throttle(qps, burst)
+    assert [throttle.delay(now) for now in asked_at] == pytest.approx(delays)
