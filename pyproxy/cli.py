@@ -1,5 +1,6 @@
 """Turns arguments, file and environment into a ``Config``, and an outcome into an exit code."""
 
+import argparse
 import asyncio
 import logging
 import os
@@ -18,6 +19,7 @@ from pyproxy.config import MODES_BESIDE, NAT_MODES, Config, gate, is_beside, nod
 from pyproxy.config.check import warnings
 from pyproxy.config.file import dump
 from pyproxy.config.flags import Options, flag_values, help_text, parse
+from pyproxy.config.flags_table import FLAGS
 from pyproxy.config.text import ConfigError, did_you_mean
 from pyproxy.settings import SettingsError, file_text, loaded
 
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = words.pop(0) if words and not words[0].startswith("-") else "run"
+    if command == "help" and words:
+        command, words = words[0], ["--help"]
     try:
         code = carried_out(command, words)
         sys.stdout.flush()
@@ -55,7 +59,7 @@ def carried_out(command: str, words: list[str]) -> int:
         case "run":
             return run(parse(words))
         case "cleanup":
-            return run(parse([*words, "--cleanup"]))
+            return run(parse(["--cleanup", *cleanup_flags(words)]))
         case "demo":
             from pyproxy import demo
 
@@ -96,6 +100,21 @@ def run(options: Options) -> int:
     if options.cleanup:
         return clean_up(options.keep, config)
     return serve(options, config, node_name(config, hostname), text)
+
+
+def cleanup_flags(words: Sequence[str]) -> list[str]:
+    """Return the flags of ``run`` that the words of ``pyproxy cleanup`` mean."""
+    parser = argparse.ArgumentParser(
+        prog="pyproxy cleanup",
+        description="Remove from the kernel what every mode, and kube-proxy, may have left there.",
+        epilog="All flags of pyproxy run count as well, such as --config and --service-proxy-name:"
+        " beside another proxy, only what pyproxy left is removed.",
+        allow_abbrev=False,
+    )
+    keep = FLAGS["keep"].help.removeprefix("With --cleanup: ")
+    parser.add_argument("--keep", metavar="MODE", help=keep)
+    own, shared = parser.parse_known_args(words)
+    return shared if own.keep is None else [*shared, f"--keep={own.keep}"]
 
 
 def render(words: Sequence[str]) -> int:

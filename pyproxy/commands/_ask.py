@@ -27,6 +27,7 @@ from pyproxy.written import Entries
 SOCKET_SECONDS = 30.0
 LIST_SECONDS = 60.0
 DEFAULT_MODE = "nftables"
+WITHOUT_DAEMON = " (-f FILE and --kubeconfig FILE work without one)"
 GATING: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node")
 A = TypeVar("A", bound=Answer)
 
@@ -51,8 +52,9 @@ class Daemon:
 
     is_live = True
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, hint: str = "") -> None:
         self._path = path
+        self._hint = hint  # what else can be done where nobody answers
 
     def ask(self, question: str, kind: type[A], query: Mapping[str, str]) -> A:
         """Raises ``NoDaemonError`` where nobody answers."""
@@ -64,8 +66,7 @@ class Daemon:
         except (OSError, http.client.HTTPException) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise NoDaemonError(
-                f"no pyproxy answers at {self._path}: {reason}"
-                " (-f FILE and --kubeconfig FILE work without one)"
+                f"no pyproxy answers at {self._path}: {reason}{self._hint}"
             ) from error
         finally:
             connection.close()
@@ -125,22 +126,37 @@ class Files:
         return entries_of(self.view.mode, self.objects, settings)
 
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with what all commands have."""
+def parser(
+    name: str, description: str, *, without_daemon: str = WITHOUT_DAEMON
+) -> argparse.ArgumentParser:
+    """Return a parser with what all commands have.
+
+    ``without_daemon`` is what to say where none answers; empty: only a daemon can. Then files are
+    not in the help, and whoever gives some is told so.
+    """
+    epilog = "Asks the pyproxy that serves this node, at --control-socket."
+    if without_daemon:
+        epilog += (
+            " With -f or --kubeconfig it answers by itself, and all flags of pyproxy run count that"
+            " rules depend on, such as --config, --cluster-cidr, --nodeport-addresses and"
+            " --masquerade-all."
+        )
     made = argparse.ArgumentParser(
-        prog=f"pyproxy {name}",
-        description=description,
-        epilog="Asks the pyproxy that serves this node, at --control-socket. With -f or"
-        " --kubeconfig it answers by itself, and all flags of pyproxy run count that rules depend"
-        " on, such as --config, --cluster-cidr, --nodeport-addresses and --masquerade-all.",
-        allow_abbrev=False,
+        prog=f"pyproxy {name}", description=description, epilog=epilog, allow_abbrev=False
     )
+    made.set_defaults(without_daemon=without_daemon)
+
+    def shown(text: str) -> str:
+        return text if without_daemon else argparse.SUPPRESS
+
     made.add_argument(
         "-f", "--filename", action="append", default=[], metavar="PATH",
-        help="a file or a directory of manifests, or - for standard input; again for more",
+        help=shown("a file or a directory of manifests, or - for standard input; again for more"),
     )  # fmt: skip
-    made.add_argument("--node-name", metavar="NAME", help="with -f: like --hostname-override")
-    made.add_argument("--mode", metavar="MODE", help=f"with -f (default: {DEFAULT_MODE})")
+    made.add_argument(
+        "--node-name", metavar="NAME", help=shown("with -f: like --hostname-override")
+    )
+    made.add_argument("--mode", metavar="MODE", help=shown(f"with -f (default: {DEFAULT_MODE})"))
     made.add_argument(
         "-o", "--output", choices=("text", "json"), default="text", help="default: %(default)s"
     )
@@ -159,7 +175,7 @@ def parsed(
         shared.append(f"--hostname-override={own.node_name}")
     options = parse(shared)
     own.options = options
-    return own, source(options, own.filename)
+    return own, source(options, own.filename, own.without_daemon)
 
 
 def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -178,9 +194,9 @@ def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return shared, rest
 
 
-def source(options: Options, files: Sequence[str]) -> Source:
+def source(options: Options, files: Sequence[str], without_daemon: str) -> Source:
     if not files and not options.master and "kubeconfig" not in options.given:
-        return Daemon(options.control_socket)
+        return Daemon(options.control_socket, without_daemon)
     hostname = socket.gethostname()
     config, _ = loaded(options, file_text(options), hostname)
     node = node_name(config, hostname)

@@ -13,7 +13,9 @@ from pyproxy.written import Verification
 
 def main(words: Sequence[str]) -> int:
     made = parser(
-        "audit", "Compare all that was written with the kernel, and put right what is not."
+        "audit",
+        "Compare all that was written with the kernel, and put right what is not.",
+        without_daemon="",
     )
     made.add_argument(
         "--repair", choices=("true", "false"), default="true", help="default: %(default)s"

@@ -51,6 +51,7 @@ def main(words: Sequence[str]) -> int:
         "diff",
         "Without files: compare the kernel with what this node should have programmed. With -f or"
         " --kubeconfig, and --mode and --config: what these would change.",
+        without_daemon=" (-f FILE with --against FILE works without one)",
     )
     made.add_argument(
         "--against", action="append", default=[], metavar="PATH",
@@ -97,7 +98,7 @@ def family_text(family: VerifiedFamily) -> str:
 
 
 def of_plan(own: argparse.Namespace, after: Files) -> int:
-    before: Source = Daemon(own.options.control_socket)
+    before: Source = Daemon(own.options.control_socket, own.without_daemon)
     if not own.against:
         after.own_ips = asyncio.run(own_ips())
         after.commented = after.view.mode != "iptables" or chosen_flavour() != "legacy"

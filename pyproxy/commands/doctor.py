@@ -10,7 +10,15 @@ from msgspec.structs import replace
 
 from pyproxy import proxier
 from pyproxy.commands import CommandError
-from pyproxy.commands._ask import Source, as_json, divided, parser, show, source
+from pyproxy.commands._ask import (
+    WITHOUT_DAEMON,
+    Source,
+    as_json,
+    divided,
+    parser,
+    show,
+    source,
+)
 from pyproxy.commands._table import WIDTH
 from pyproxy.config import MODES_BESIDE, Config, cluster_cidrs, is_beside, node_name
 from pyproxy.config.flags import Options, parse
@@ -83,7 +91,7 @@ def told(
 ) -> tuple[Setup | None, tuple[Served, ...], tuple[tuple[str, str], ...]]:
     """Return what a daemon, or files, say of this node's Services."""
     try:
-        whom = source(options, files)
+        whom = source(options, files, WITHOUT_DAEMON)
         setup = whom.ask("setup", Setup, {}) if whom.is_live else None
         return setup, frontends(whom), ()
     except CommandError as error:

@@ -28,7 +28,9 @@ STEPS = ("", "k", "M", "G", "T", "P")
 
 
 def main(words: Sequence[str]) -> int:
-    made = parser("top", "Show how much goes to which Service, the busiest first.")
+    made = parser(
+        "top", "Show how much goes to which Service, the busiest first.", without_daemon=""
+    )
     made.add_argument("service", nargs="?", default="", metavar="NAMESPACE/NAME")
     made.add_argument("--namespace", default="", help="only this namespace")
     made.add_argument("--by", choices=("service", "endpoint"), default="service", help="rows")

@@ -22,7 +22,9 @@ Condition = Callable[[Status], str | None]  # why it is not so yet; None when it
 
 
 def main(words: Sequence[str]) -> int:
-    made = parser("wait", "Wait until this node has written what a Service asks for.")
+    made = parser(
+        "wait", "Wait until this node has written what a Service asks for.", without_daemon=""
+    )
     made.add_argument("object", metavar="service/NAMESPACE/NAME")
     made.add_argument(
         "--for", dest="what", default="programmed", metavar="WHAT",

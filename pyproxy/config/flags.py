@@ -38,6 +38,7 @@ _USAGE: Final = (
     ("pyproxy audit", "compare with the kernel, and put it right"),
     ("pyproxy doctor", "what is wrong with this node, and what to do"),
     ("pyproxy migrate --to MODE", "move to another mode, losing no connection"),
+    ("pyproxy help COMMAND", "what a command takes"),
 )
 _HELP_COLUMN: Final = 30
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyproxy import commands
-from pyproxy.cli import main
+from pyproxy.cli import COMMANDS, cleanup_flags, main
 from pyproxy.commands import CommandError
 from pyproxy.commands._ask import divided, service_named
 from pyproxy.commands._table import age, fitting, shortened, table
@@ -222,6 +222,54 @@ def test_a_mistake_is_one_line(offline, words, error):
 def test_what_diff_is_to_tell_of_manifests_needs_some(capsys):
     assert main(["diff", "--entries"]) == 2
     assert "--entries go with -f or --kubeconfig" in capsys.readouterr().err
+
+
+NO_DAEMON = "pyproxy: {}no pyproxy answers at /nowhere: No such file or directory{}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "lead", "hint"),
+    [
+        ("get services", "", " (-f FILE and --kubeconfig FILE work without one)"),
+        ("explain service/a/b", "", " (-f FILE and --kubeconfig FILE work without one)"),
+        ("diff", "", " (-f FILE with --against FILE works without one)"),
+        ("diff -f {}", "", " (-f FILE with --against FILE works without one)"),
+        ("audit", "", ""),
+        ("top", "", ""),
+        ("wait service/a/b --timeout 0.2s", "wait: after 0.2 s ", ""),
+    ],
+)
+def test_where_no_daemon_is_a_hint_names_what_works_without_one(
+    tmp_path, capsys, words, lead, hint
+):
+    (tmp_path / "web.yaml").write_text(MANIFESTS)
+    assert main([*words.format(tmp_path).split(), "--control-socket=/nowhere"]) != 0
+    assert capsys.readouterr().err == NO_DAEMON.format(lead, hint)
+
+
+@pytest.mark.parametrize("words", ["help {}", "{} --help"])
+@pytest.mark.parametrize(
+    "name", sorted({*commands.names(), *COMMANDS} - {"run", "version", "help"})
+)
+def test_each_command_has_help_of_its_own(capsys, name, words):
+    with pytest.raises(SystemExit) as ended:
+        main(words.format(name).split())
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err) == (0, "")
+    assert out.startswith(f"usage: pyproxy {name} ")
+    takes_no_files = {"audit", "top", "wait", "cleanup", "demo", "migrate"}
+    assert ("-f PATH" not in out) == (name in takes_no_files)
+
+
+def test_help_for_what_is_no_command_is_an_error(capsys):
+    assert main(["help", "gte"]) == 1
+    assert capsys.readouterr().err == 'pyproxy: unknown command "gte" (did you mean get?)\n'
+
+
+def test_words_of_cleanup_are_flags_of_run():
+    words = ["--keep", "nftables", "--service-proxy-name=canary"]
+    assert cleanup_flags(words) == ["--service-proxy-name=canary", "--keep=nftables"]
+    assert cleanup_flags([]) == []
 
 
 def test_files_that_make_no_sense_are_named(tmp_path, capsys):
