@@ -32,7 +32,7 @@ help:  ## list the targets
 setup: $(VENV)/ready  ## virtual environment and Debian packages
 	@$(call need,$(TOOLS))
 
-demo: setup  ## see Services work, in a small cluster of network namespaces: a minute, no cluster
+demo: setup  ## see Services work, in a small cluster of network namespaces: ten seconds, no cluster
 	$(BIN)/pyproxy demo
 
 test: setup check netns guest  ## everything: format, lint, types, imports, all tests
