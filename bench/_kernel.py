@@ -11,15 +11,9 @@ from time import perf_counter
 from bench._cluster import NODE_IP, PORT
 from pyproxy.model import Frontend
 from pyproxy.proxier._conntrack import Conntrack
+from pyproxy.proxier._netlink import NETLINK_NETFILTER, SO_RCVBUFFORCE, SOL_NETLINK
 from pyproxy.proxier._nfform import plain_attributes
-from pyproxy.proxier._nfnetlink import (
-    NETLINK_ADD_MEMBERSHIP,
-    NETLINK_NETFILTER,
-    NFNLGRP_NFTABLES,
-    SO_RCVBUFFORCE,
-    SOL_NETLINK,
-    NfTables,
-)
+from pyproxy.proxier._nfnetlink import NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES, NfTables
 from pyproxy.proxier._nfpack import NEWSETELEM, SUBSYSTEM
 from pyproxy.proxier._nfread import GENERIC, answers, elements_in
 from pyproxy.rules.nft import Table

@@ -38,9 +38,10 @@ from pyproxy.lane import Lane
 from pyproxy.log import set_verbosity
 from pyproxy.metrics import Metrics
 from pyproxy.model import (
+    GATING,
+    WILDCARD,
     Change,
     Family,
-    Kind,
     ObjectName,
     Remove,
     Replace,
@@ -56,8 +57,6 @@ from pyproxy.topology import Place
 
 ABOUT_US = "StartKubeProxy"  # the action of an Event about no Service
 FULL_SYNC_SECONDS = 3600.0
-GATING: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node")
-WILDCARD: dict[Family, str] = {4: "0.0.0.0", 6: "::"}
 
 log = logging.getLogger(__name__)
 

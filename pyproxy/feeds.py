@@ -17,12 +17,11 @@ from pyproxy.kube.watch import WatchMachine
 from pyproxy.lingering import LingeringFeed
 from pyproxy.manifests.source import ManifestError, ManifestSource
 from pyproxy.metrics import Metrics
-from pyproxy.model import Change, Kind, ObjectName
+from pyproxy.model import KINDS, Change, ObjectName
 from pyproxy.process import SystemClock
 from pyproxy.remembered import RememberedFeed
 
 AGAIN_SECONDS = 60.0  # until the same error is logged again
-KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node", "ServiceCIDR")
 
 log = logging.getLogger(__name__)
 

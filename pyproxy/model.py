@@ -21,6 +21,7 @@ Scheduler = Literal["rr", "wrr", "random", "lc", "wlc", "sh", "dh", "mh", "sed",
 BalancerTraffic = Literal["short-circuit", "pass-through", "local-else-pass-through"]
 
 FAMILIES: tuple[Family, ...] = (4, 6)
+WILDCARD: Mapping[Family, str] = {4: "0.0.0.0", 6: "::"}
 PROTOS: tuple[Proto, ...] = ("TCP", "UDP", "SCTP")
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 BALANCER_TRAFFIC: tuple[BalancerTraffic, ...] = get_args(BalancerTraffic)
@@ -170,6 +171,13 @@ class ServiceCIDR(Struct, frozen=True):
 
 ApiObject = Service | EndpointSlice | Node | ServiceCIDR
 Kind = Literal["Service", "EndpointSlice", "Node", "ServiceCIDR"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+GATING: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node")  # needed for a first sync
+
+
+def object_name(obj: ApiObject) -> ObjectName:
+    """Return an object's name; Nodes and ServiceCIDRs are in no namespace."""
+    return obj.name if isinstance(obj.name, ObjectName) else ObjectName("", obj.name)
 
 
 # --- what a source says -------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from pyproxy.feed import Between, Feed
 from pyproxy.metrics import Metrics
-from pyproxy.model import Change, Kind, Replace
-from pyproxy.state import KINDS, LastKnown, StateError, appended, read, read_head
+from pyproxy.model import KINDS, Change, Kind, Replace
+from pyproxy.state import LastKnown, StateError, appended, read, read_head
 
 MAX_BYTES = 256 << 20
 FILE = "state"

@@ -15,6 +15,7 @@ from msgspec import Struct, structs
 
 from pyproxy.ip import parse_network
 from pyproxy.model import (
+    KINDS,
     ApiObject,
     Change,
     Endpoint,
@@ -30,13 +31,13 @@ from pyproxy.model import (
     SpecPort,
     Upsert,
     WeightRule,
+    object_name,
 )
 
 FORMAT: Final = "pyproxy state 2"
 BATCH: Final = 200  # objects of a record
 LENGTH_BYTES: Final = 4
 END: Final = b"\xc0"  # the record after the last object: nil in MessagePack
-KINDS: Final[tuple[Kind, ...]] = ("Service", "EndpointSlice", "Node", "ServiceCIDR")
 
 
 class StateError(Exception):
@@ -95,12 +96,12 @@ class LastKnown:
         objects = self._objects[change.kind]
         match change:
             case Upsert(obj=obj):
-                objects[name_of(obj)] = obj
+                objects[object_name(obj)] = obj
             case Remove(name=name):
                 objects.pop(name, None)
             case Replace(objects=listed):
                 objects.clear()
-                objects.update((name_of(obj), obj) for obj in listed)
+                objects.update((object_name(obj), obj) for obj in listed)
 
     def records(self, origin: str, saved_at: float) -> Iterator[bytes]:
         """Yield the bytes of the file, part by part; changes may come in between."""
@@ -207,7 +208,3 @@ def network(text: str) -> Network:
     if found is None:
         raise StateError(f"{text} is not a range")
     return found
-
-
-def name_of(obj: ApiObject) -> ObjectName:
-    return obj.name if isinstance(obj.name, ObjectName) else ObjectName("", obj.name)

@@ -17,7 +17,7 @@ from pyproxy.config.flags import Options, parse
 from pyproxy.config.flags_kinds import BOOL
 from pyproxy.config.flags_table import FLAGS
 from pyproxy.ip import parse_network
-from pyproxy.model import FAMILIES, ApiObject, Change, Family, Kind, Remove, Replace, Upsert
+from pyproxy.model import FAMILIES, GATING, ApiObject, Change, Family, Kind, Remove, Replace, Upsert
 from pyproxy.offline import Objects, view_of
 from pyproxy.questions import QUESTIONS, VERSION
 from pyproxy.settings import file_text, loaded
@@ -28,7 +28,6 @@ SOCKET_SECONDS = 30.0
 LIST_SECONDS = 60.0
 DEFAULT_MODE = "nftables"
 WITHOUT_DAEMON = " (-f FILE and --kubeconfig FILE work without one)"
-GATING: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node")
 A = TypeVar("A", bound=Answer)
 
 

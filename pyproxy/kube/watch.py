@@ -25,7 +25,16 @@ from pyproxy.kube.events import (
     Unreachable,
     Unreadable,
 )
-from pyproxy.model import ApiObject, Change, Kind, ObjectName, Remove, Replace, Upsert
+from pyproxy.model import (
+    ApiObject,
+    Change,
+    Kind,
+    ObjectName,
+    Remove,
+    Replace,
+    Upsert,
+    object_name,
+)
 
 PAGE_LIMIT: Final = 500
 LONG_ENOUGH_SECONDS: Final = 1.0  # a watch that lasted so long was no failure
@@ -257,8 +266,3 @@ class WatchMachine:
 
     def _spread(self, seconds: float) -> float:
         return seconds * (0.5 + 0.5 * self._random())
-
-
-def object_name(obj: ApiObject) -> ObjectName:
-    """Return an object's name; Nodes and ServiceCIDRs are in no namespace."""
-    return obj.name if isinstance(obj.name, ObjectName) else ObjectName("", obj.name)

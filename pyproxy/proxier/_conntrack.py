@@ -17,8 +17,10 @@ from pyproxy.proxier._netlink import (
     ATTRIBUTE,
     BATCH,
     HEADER,
+    NETLINK_NETFILTER,
     NLM_F_ACK,
     NLM_F_DUMP,
+    NLM_F_DUMP_INTR,
     NLM_F_REQUEST,
     NLMSG_DONE,
     NLMSG_ERROR,
@@ -31,8 +33,6 @@ from pyproxy.proxier._netlink import (
 from pyproxy.rules.flows import Flow, Review, condemned
 from pyproxy.rules.listeners import Surroundings
 
-NETLINK_NETFILTER = 12
-NLM_F_DUMP_INTR = 0x10
 NLA_F_NESTED = 0x8000
 CT_NEW = 0x100  # subsystem 1: ctnetlink
 CT_GET = 0x101

@@ -11,9 +11,14 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 
 from pyproxy.model import Family
-from pyproxy.proxier._netlink import Message, Netlink, attribute, attributes
+from pyproxy.proxier._netlink import (
+    NETLINK_NETFILTER,
+    Message,
+    Netlink,
+    attribute,
+    attributes,
+)
 
-NETLINK_NETFILTER = 12
 SUBSYSTEM = 6 << 8
 CREATE, DESTROY, LIST, ADD, DEL = (SUBSYSTEM | n for n in (2, 3, 7, 9, 10))
 PROTOCOL = 6  # of the kernel's two, the one that old ones speak too

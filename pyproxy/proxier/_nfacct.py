@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import TypeVar
 
 from pyproxy.proxier._netlink import (
+    NETLINK_NETFILTER,
     NLM_F_CREATE,
     NLM_F_EXCL,
     Message,
@@ -19,7 +20,6 @@ from pyproxy.proxier._netlink import (
 )
 from pyproxy.rules.iptables_base import COUNTERS
 
-NETLINK_NETFILTER = 12
 SUBSYSTEM = 7 << 8
 NEW, GET, DELETE = (SUBSYSTEM | n for n in (0, 1, 3))
 ATTR_NAME, ATTR_PACKETS = 1, 2

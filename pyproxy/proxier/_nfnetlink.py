@@ -15,11 +15,14 @@ from typing import NamedTuple
 from pyproxy.proxier._netlink import (
     HEADER,
     NETLINK_CAP_ACK,
+    NETLINK_NETFILTER,
     NLM_F_ACK,
     NLM_F_DUMP,
+    NLM_F_DUMP_INTR,
     NLM_F_REQUEST,
     NLMSG_DONE,
     NLMSG_ERROR,
+    SO_RCVBUFFORCE,
     SOL_NETLINK,
     aligned,
 )
@@ -56,16 +59,13 @@ from pyproxy.proxier._nfread import (
 )
 from pyproxy.rules.nft import Chain, Element, Table, Verdict
 
-NETLINK_NETFILTER = 12
 NETLINK_ADD_MEMBERSHIP = 1
 NETLINK_EXT_ACK = 11
 SO_ATTACH_FILTER = 26
 SO_SNDBUFFORCE = 32
-SO_RCVBUFFORCE = 33
 NFNLGRP_NFTABLES = 7
 
 BATCH_BEGIN, BATCH_END = 0x10, 0x11
-NLM_F_DUMP_INTR = 0x10
 RECEIVE = 1 << 17
 RECEIVE_BUFFER = 1 << 22
 SEND_BUFFER = 1 << 20

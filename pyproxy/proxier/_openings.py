@@ -5,7 +5,7 @@ import socket
 from collections.abc import Mapping, Sequence
 
 from pyproxy.balancer import Picker
-from pyproxy.model import Family, Frontend
+from pyproxy.model import WILDCARD, Family, Frontend
 from pyproxy.proxier._accept import TcpFront
 from pyproxy.proxier._flow import UdpRelay
 from pyproxy.proxier._given import Bound
@@ -14,8 +14,6 @@ from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import UdpFront
 from pyproxy.rules.guard import DROP_ALL, Program, guard
 from pyproxy.rules.listeners import Listener, Surroundings, needs_guard, owns_address, stance
-
-WILDCARD: Mapping[Family, str] = {4: "0.0.0.0", 6: "::"}
 
 log = logging.getLogger(__name__)
 

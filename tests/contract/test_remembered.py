@@ -10,9 +10,8 @@ import pytest
 
 from pyproxy import remembered
 from pyproxy.metrics import Metrics
-from pyproxy.model import Node, Remove, Replace, Upsert
+from pyproxy.model import KINDS, Node, Remove, Replace, Upsert
 from pyproxy.remembered import RememberedFeed, Times
-from pyproxy.state import KINDS
 from tests.builders import service
 from tests.fakes.feed import FakeFeed
 

@@ -9,12 +9,17 @@ from pyproxy.proxier._conntrack import (
     CTA_TUPLE_ORIG,
     CTA_TUPLE_PROTO,
     CTA_TUPLE_REPLY,
-    NETLINK_NETFILTER,
     NUMBERS,
     Channel,
     nested,
 )
-from pyproxy.proxier._netlink import NLM_F_CREATE, NLM_F_EXCL, Message, attribute
+from pyproxy.proxier._netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    Message,
+    attribute,
+)
 
 CTA_STATUS = 3
 CTA_TIMEOUT = 7

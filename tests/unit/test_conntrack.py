@@ -4,8 +4,8 @@ import struct
 import pytest
 
 from pyproxy.model import Frontend
-from pyproxy.proxier._conntrack import CT_NEW, FEW, NLM_F_DUMP_INTR, Sieve, questions
-from pyproxy.proxier._netlink import HEADER, NLMSG_DONE, NLMSG_ERROR
+from pyproxy.proxier._conntrack import CT_NEW, FEW, Sieve, questions
+from pyproxy.proxier._netlink import HEADER, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR
 
 DNS = Frontend("10.96.0.10", 53, "UDP")
 OTHER_DNS = Frontend("203.0.113.7", 53, "UDP")

@@ -3,6 +3,7 @@ from ipaddress import ip_network
 import pytest
 
 from pyproxy.model import (
+    KINDS,
     EndpointSlice,
     Node,
     ObjectName,
@@ -16,7 +17,6 @@ from pyproxy.model import (
 from pyproxy.state import (
     BATCH,
     END,
-    KINDS,
     LENGTH_BYTES,
     LastKnown,
     StateError,
