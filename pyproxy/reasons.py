@@ -3,23 +3,18 @@
 Nothing is decided here. A law holds these words against the actions of the plan, for any cluster.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from typing import Final, Literal
 
 from msgspec import Struct
 
 from pyproxy.model import (
-    Action,
-    Drop,
     Endpoint,
     EndpointSlice,
-    Forward,
     FrontendKind,
     Network,
-    Pass,
     PortKey,
-    Reject,
     Service,
     ServicePort,
     family_of,
@@ -30,13 +25,6 @@ from pyproxy.topology import EndpointSets, endpoint_sets, is_draining, is_local,
 
 Code = Literal["endpoints", "no-endpoints", "no-local-endpoints", "source-ranges", "pass-through"]
 
-EFFECTS: Final[Mapping[Code, type[Action]]] = {
-    "endpoints": Forward,
-    "no-endpoints": Reject,
-    "no-local-endpoints": Drop,
-    "source-ranges": Drop,
-    "pass-through": Pass,
-}
 SHOWN: Final = 4  # of a list of names
 
 

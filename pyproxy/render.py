@@ -223,11 +223,6 @@ def documents(file: Path | None) -> Documents:
 # --- rules ----------------------------------------------------------------------------------------
 
 
-def rules_text(mode: str, objects: Objects, settings: Settings) -> str:
-    """Return what a mode makes of the objects, for each family; the same for the same objects."""
-    return RENDERERS[mode](scenes(mode, objects, settings))
-
-
 def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]:
     """Plan the objects for each family."""
     config = with_mode(settings.config, mode)

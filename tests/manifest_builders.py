@@ -3,6 +3,7 @@
 from ipaddress import ip_network
 
 from pyproxy.manifests.resolve import Memory, Settings, resolve
+from pyproxy.render import RENDERERS, scenes
 
 DUAL = (ip_network("10.96.0.0/16"), ip_network("fd00:10:96::/112"))
 SETTINGS = Settings("here", DUAL)
@@ -51,3 +52,8 @@ def resolved(*documents, settings=SETTINGS):
 
 def faults(*documents, settings=SETTINGS):
     return [str(fault) for fault in resolved(*documents, settings=settings).faults]
+
+
+def rules_text(mode, objects, settings):
+    """What ``pyproxy render`` prints of objects."""
+    return RENDERERS[mode](scenes(mode, objects, settings))

@@ -34,7 +34,6 @@ from pyproxy.rules.nft import (
     UpdateSet,
     Verdict,
     VerdictMap,
-    key_interval,
     packed_key,
 )
 
@@ -45,6 +44,13 @@ ONE = "endpoint-2EIFRNLE-default/web/tcp/http__10.0.0.1/80"
 TWO = "endpoint-5OJB2KTY-default/web/tcp/http__10.0.0.2/80"
 OWNER = "service-ULMVA6XW-default/web/tcp/http"
 LONG = "endpoint-ABCDEFGH-" + "n" * 200
+
+
+def key_interval(types, values):
+    """The first and the last key of those that the values span: one may be a network."""
+    first = [v if isinstance(v, str | int) else str(v.network_address) for v in values]
+    last = [v if isinstance(v, str | int) else str(v.broadcast_address) for v in values]
+    return packed_key(types, first), packed_key(types, last)
 
 
 class Ruleset(NamedTuple):

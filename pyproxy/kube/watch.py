@@ -103,11 +103,6 @@ class WatchMachine:
         return self._kind
 
     @property
-    def is_listing(self) -> bool:
-        """Say whether objects are still being collected: nothing is complete yet."""
-        return self._version is None
-
-    @property
     def is_useless(self) -> bool:
         """Say whether the rest of the current answer can only be thrown away: stop reading it."""
         return self._answer.is_useless

@@ -192,11 +192,6 @@ def delete_set(table: Table, name: str) -> bytes:
     return _request(DELSET, table, string(1, table.name) + string(2, name))
 
 
-def flush_set(table: Table, name: str) -> bytes:
-    """Delete the elements of a set."""
-    return _request(DELSETELEM, table, string(1, table.name) + string(2, name))
-
-
 def new_elements(table: Table, name: str, elements: Sequence[Element]) -> list[bytes]:
     """Add elements. One that is there already may be added again, but not with other data."""
     return _element_requests(NEWSETELEM, table, name, elements)

@@ -350,16 +350,9 @@ def unpacked_key(types: Types, key: bytes) -> tuple[Value, ...]:
 def key_text(types: Types, key: bytes, key_end: bytes | None = None) -> str:
     """Return a key as nft writes it, such as ``10.96.0.1 . tcp . 80 . 3``."""
     if key_end is None:
-        return " . ".join(map(_value_text, types, fields_of(types, key)))
+        return " . ".join(str(value).lower() for value in unpacked_key(types, key))
     pairs = zip(types, fields_of(types, key), fields_of(types, key_end), strict=True)
     return " . ".join(_interval_text(kind, first, last) for kind, first, last in pairs)
-
-
-def key_interval(types: Types, values: Sequence[Value | Network]) -> tuple[bytes, bytes]:
-    """Return the first and the last key of those that ``values`` spans: one may be a network."""
-    first = [v if isinstance(v, str | int) else str(v.network_address) for v in values]
-    last = [v if isinstance(v, str | int) else str(v.broadcast_address) for v in values]
-    return packed_key(types, first), packed_key(types, last)
 
 
 def key_length(types: Types) -> int:

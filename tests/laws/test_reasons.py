@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from pyproxy.cache import Cache
 from pyproxy.explain import ORIGINS, action_from, explain, subject_of
-from pyproxy.model import BALANCER_TRAFFIC, Drop, Endpoint, Forward, Pass, WeightRule
+from pyproxy.model import BALANCER_TRAFFIC, Drop, Endpoint, Forward, Pass, Reject, WeightRule
 from pyproxy.plan import Planner, Site, plan_port
-from pyproxy.reasons import EFFECTS, Subject, why, why_masquerade, why_not_admitted
+from pyproxy.reasons import Subject, why, why_masquerade, why_not_admitted
 from pyproxy.rules.listeners import Surroundings, action_for, origin_of
 from pyproxy.topology import Place
 from pyproxy.view import FamilyView, View
@@ -48,6 +48,12 @@ sites = st.builds(
     detects_pods=flags,
     masquerade_all=flags,
 )
+EFFECTS = {
+    "endpoints": Forward,
+    "no-endpoints": Reject,
+    "no-local-endpoints": Drop,
+    "pass-through": Pass,
+}
 SOURCES = {"pod": "10.244.1.1", "node": "192.0.2.11", "outside": "203.0.113.7"}
 
 

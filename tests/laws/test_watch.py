@@ -16,7 +16,7 @@ from pyproxy.kube.events import (
     Unreachable,
     Unreadable,
 )
-from pyproxy.kube.watch import ListPage, WatchMachine
+from pyproxy.kube.watch import ListPage, Watch, WatchMachine
 from pyproxy.model import ObjectName, Remove, Replace, Service, Upsert
 from tests.fakes.history import History
 
@@ -210,7 +210,9 @@ class AnyServer(RuleBasedStateMachine):
                 self.deliver(1)
             if self.answer is not None:
                 self.end(Closed(QUIET_SECONDS))
-        assert not self.machine.is_listing
+        request = self.machine.next_request()
+        assert isinstance(request, Watch), "all is listed"
+        assert request.version, "all is listed"
         assert self.mirror == {
             name: type for name, (_, type) in self.history.objects.items() if type != FOREIGN
         }

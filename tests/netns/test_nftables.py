@@ -27,9 +27,9 @@ from pyproxy.proxier._nfcount import COUNTED
 from pyproxy.proxier._nfnetlink import NfTables
 from pyproxy.proxier._nftarget import NfTarget
 from pyproxy.reconcile import Reconciler, Verified
-from pyproxy.render import rules_text
 from pyproxy.rules.nftables import Ruleset, compile_owner
 from tests.builders import HERE, owner
+from tests.manifest_builders import rules_text
 from tests.scenarios import scenario
 
 pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])

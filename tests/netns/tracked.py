@@ -8,7 +8,6 @@ from pyproxy.proxier._conntrack import (
     CTA_TUPLE_IP,
     CTA_TUPLE_ORIG,
     CTA_TUPLE_PROTO,
-    CTA_TUPLE_REPLY,
     NUMBERS,
     Channel,
     nested,
@@ -21,6 +20,7 @@ from pyproxy.proxier._netlink import (
     attribute,
 )
 
+CTA_TUPLE_REPLY = 2
 CTA_STATUS = 3
 CTA_TIMEOUT = 7
 CTA_ZONE = 18

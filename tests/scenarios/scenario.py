@@ -10,8 +10,8 @@ from pyproxy.config import Config
 from pyproxy.manifests.resolve import Memory, resolve
 from pyproxy.manifests.resolve import Settings as ManifestSettings
 from pyproxy.model import Forward
-from pyproxy.render import Settings, by_owner, rules_text, scenes
-from tests.manifest_builders import DUAL
+from pyproxy.render import Settings, by_owner, scenes
+from tests.manifest_builders import DUAL, rules_text
 
 FOLDER = Path(__file__).parent
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -6,10 +6,11 @@ from pyproxy.cache import Cache
 from pyproxy.model import Upsert
 from pyproxy.plan import Planner, Site
 from pyproxy.reconcile import Reconciler
-from pyproxy.render import COMPILERS, rules_text, scenes
+from pyproxy.render import COMPILERS, scenes
 from pyproxy.topology import Place
 from tests.conftest import LoopClock
 from tests.fakes.target import FakeTarget
+from tests.manifest_builders import rules_text
 from tests.scenarios.scenario import FILES, NODE_IPS, outcome, read, rewrite
 
 files = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -41,7 +41,6 @@ from pyproxy.rules.nft import (
     Verdict,
     VerdictMap,
     clipped,
-    key_interval,
     key_length,
     key_text,
     packed_ip,
@@ -50,7 +49,7 @@ from pyproxy.rules.nft import (
     unpacked_key,
 )
 from pyproxy.rules.nft_text import rule_text, statement_text, text
-from tests.nft_ruleset import ruleset
+from tests.nft_ruleset import key_interval, ruleset
 
 IP, IP6 = Table(4, "pyproxy"), Table(6, "pyproxy")
 FRONTEND = ("ipv4_addr", "inet_proto", "inet_service")

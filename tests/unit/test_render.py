@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pyproxy.config import MODES, Config
-from pyproxy.render import RENDERERS, RenderError, Request, Settings, read, request, rules_text
-from tests.manifest_builders import SETTINGS, hand_written, node, pod, resolved, service
+from pyproxy.render import RENDERERS, RenderError, Request, Settings, read, request
+from tests.manifest_builders import SETTINGS, hand_written, node, pod, resolved, rules_text, service
 
 
 def test_the_command_keeps_what_is_its_own_and_passes_on_the_rest():

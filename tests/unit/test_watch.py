@@ -338,7 +338,5 @@ def test_a_server_that_says_when_to_come_back_is_obeyed(retry_after, seconds):
     assert waits(machine(), Refused(429, retry_after_seconds=retry_after)) == [seconds]
 
 
-def test_a_machine_knows_its_kind_and_whether_it_is_complete():
-    made = machine()
-    assert (made.kind, made.is_listing) == ("Service", True)
-    assert not synced().is_listing
+def test_a_machine_knows_its_kind():
+    assert machine().kind == "Service"
