@@ -203,15 +203,15 @@ async def run(argv: Sequence[str], text: str = "", env: Mapping[str, str] | None
     Raises ``IptablesError`` if it cannot be started or does not end.
     """
     pipe = asyncio.subprocess.PIPE
-    with os.fdopen(os.memfd_create("input"), "w+b") as stdin:
-        stdin.write(text.encode())
-        stdin.seek(0)
-        try:
+    try:
+        with os.fdopen(os.memfd_create("input"), "w+b") as stdin:
+            stdin.write(text.encode())
+            stdin.seek(0)
             child = await asyncio.create_subprocess_exec(
                 *argv, stdin=stdin, stdout=pipe, stderr=pipe, env=env
             )
-        except OSError as error:
-            raise IptablesError(argv[0], error.strerror or str(error)) from error
+    except OSError as error:
+        raise IptablesError(argv[0], error.strerror or str(error)) from error
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             output, errors = await child.communicate()
