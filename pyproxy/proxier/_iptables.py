@@ -19,7 +19,7 @@ from pyproxy.model import Family
 from pyproxy.proxier import _iptc
 from pyproxy.proxier._restorer import Failure, Restorer
 from pyproxy.rules.iptables_base import CANARY
-from pyproxy.rules.iptables_text import parsed, target_of
+from pyproxy.rules.iptables_text import from_bytes, parsed, target_of, to_bytes
 
 Flavour = Literal["nft", "legacy"]
 LOCK_SECONDS = "5"
@@ -205,7 +205,7 @@ async def run(argv: Sequence[str], text: str = "", env: Mapping[str, str] | None
     pipe = asyncio.subprocess.PIPE
     try:
         with os.fdopen(os.memfd_create("input"), "w+b") as stdin:
-            stdin.write(text.encode())
+            stdin.write(to_bytes(text))
             stdin.seek(0)
             child = await asyncio.create_subprocess_exec(
                 *argv, stdin=stdin, stdout=pipe, stderr=pipe, env=env
@@ -223,7 +223,7 @@ async def run(argv: Sequence[str], text: str = "", env: Mapping[str, str] | None
                 child.kill()
             await child.wait()
     assert child.returncode is not None, "it has ended"
-    return Answer(child.returncode, output.decode(), errors.decode(errors="replace"))
+    return Answer(child.returncode, from_bytes(output), errors.decode(errors="replace"))
 
 
 def first_line(text: str) -> str:
