@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-import sys
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from pyproxy import child
 from pyproxy.config import Config
 from pyproxy.config.text import duration_text
 
@@ -46,7 +46,7 @@ async def cleaned_up_after_others(config: Config, *, patient: bool = True) -> Le
     only what another of our modes left is removed.
     A process of its own, so that this one never imports a mode that it does not run.
     """
-    words = [sys.executable, "-m", "pyproxy", "cleanup", f"--keep={config.mode}"]
+    words = child.command("pyproxy", "cleanup", f"--keep={config.mode}")
     seconds = config.ipvs.drain_timeout_seconds if patient else 0.0
     words.append(f"--ipvs-drain-timeout={duration_text(seconds)}")
     if config.ipvs.exclude_cidrs:
@@ -56,7 +56,10 @@ async def cleaned_up_after_others(config: Config, *, patient: bool = True) -> Le
     try:
         async with asyncio.timeout(CLEANUP_SECONDS):
             process = await asyncio.create_subprocess_exec(
-                *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+                *words,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env=child.environment(),
             )
             output, _ = await process.communicate()
     except TimeoutError:

@@ -137,11 +137,14 @@ def locked(path: Path) -> IO[bytes]:
     """Return a file that only one process can have open so; it makes the folder.
 
     Raises ``TakenError``, and OSError. A lock tells who is alive without asking: a process that
-    ends, however it ends, lets go of it. The file stays, as its removal would be a race.
+    ends, however it ends, lets go of it. The file stays, as its removal would be a race. Who may
+    only read a file can lock it, so that nobody else may.
     """
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    file = path.with_name(f"{path.name}.lock").open("wb")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+    file = os.fdopen(os.open(path.with_name(f"{path.name}.lock"), flags, 0o600), "wb")
     try:
+        os.fchmod(file.fileno(), 0o600)  # it may be of an earlier version
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()

@@ -1,8 +1,10 @@
 """The addresses of this node's interfaces, and a call when they change."""
 
 import asyncio
+import gc
+import logging
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_address, ip_interface, ip_network
 
 from msgspec import Struct
@@ -14,8 +16,12 @@ NETLINK_ROUTE = 0
 GROUPS = 0x1 | 0x10 | 0x100
 ROUTE_GROUPS = 0x40 | 0x400
 SETTLE_SECONDS = 0.2
+RETRY_SECONDS = 5.0
+YOUNG = 1  # generations of objects that live since a short while
 MAIN_TABLE = 254
 LOOPBACK: dict[Family, Network] = {4: ip_network("127.0.0.0/8"), 6: ip_network("::1/128")}
+
+log = logging.getLogger(__name__)
 
 
 class Snapshot(Struct, frozen=True):
@@ -54,7 +60,7 @@ class Host:
         self._listeners.append(listener)
 
     async def read(self) -> None:
-        """Take a new snapshot; tell the listeners if it is another."""
+        """Take a new snapshot; tell the listeners if it is another. Raises ``OSError``."""
         fresh = await asyncio.to_thread(snapshot, with_routes=self._with_routes)
         if fresh != self.snapshot:
             self.snapshot = fresh
@@ -72,12 +78,31 @@ class Host:
             loop.add_reader(events.fileno(), drain, events, changed)
             try:
                 while True:
-                    await self.read()
+                    await self._read_at_last()
                     await changed.wait()
                     await asyncio.sleep(SETTLE_SECONDS)
                     changed.clear()
             finally:
                 loop.remove_reader(events.fileno())
+
+    async def _read_at_last(self) -> None:
+        """Read, and where that fails again: file descriptors may be free by then."""
+        is_told = False
+        while not await self._could_read(tell=not is_told):
+            is_told = True
+            gc.collect(YOUNG)  # pyroute2 leaves the sockets of a failed attempt to the collector
+            await asyncio.sleep(RETRY_SECONDS)
+        if is_told:
+            log.info("interfaces are read again")
+
+    async def _could_read(self, *, tell: bool) -> bool:
+        try:
+            await self.read()
+        except OSError as error:
+            if tell:
+                log.warning("interfaces cannot be read", extra={"error": str(error)})
+            return False
+        return True
 
 
 def drain(events: socket.socket, changed: asyncio.Event) -> None:
@@ -93,17 +118,25 @@ def drain(events: socket.socket, changed: asyncio.Event) -> None:
 
 
 def snapshot(*, with_routes: bool) -> Snapshot:
-    """Read the interfaces through pyroute2; it blocks, and brings its own event loop."""
-    from pyroute2 import IPRoute
+    """Read the interfaces through pyroute2; it blocks, and brings its own event loop.
 
-    with IPRoute() as ip:
-        names = {link["index"]: link.get("ifname") for link in ip.get_links()}
-        addresses = frozenset(
-            (names.get(a["index"], ""), f"{a.get('local') or a.get('address')}/{a['prefixlen']}")
-            for a in ip.get_addr()
-        )
-        routes = frozenset(reached(ip.get_routes(table=MAIN_TABLE), names)) if with_routes else ()
-    return Snapshot(addresses, frozenset(routes))
+    Raises ``OSError``.
+    """
+    from pyroute2 import IPRoute, NetlinkError
+
+    try:
+        with IPRoute() as ip:
+            names = {link["index"]: link.get("ifname") for link in ip.get_links()}
+            found = ip.get_addr()
+            routes = reached(ip.get_routes(table=MAIN_TABLE), names) if with_routes else set()
+            addresses = {(names.get(a["index"], ""), interface_address(a)) for a in found}
+    except NetlinkError as error:
+        raise OSError(error.code, str(error)) from error
+    return Snapshot(frozenset(addresses), frozenset(routes))
+
+
+def interface_address(found: Mapping[str, object]) -> str:
+    return f"{found.get('local') or found.get('address')}/{found['prefixlen']}"
 
 
 def reached(routes: Iterable[dict[str, object]], names: dict[int, str]) -> set[tuple[str, str]]:

@@ -40,6 +40,11 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 RETRY_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 1.0  # for answers under way when a server closes
+# For a client to ask, and to ask again: longer than from one scrape to the next, mostly a minute.
+IDLE_SECONDS: Final = 75.0
+UNREAD_SECONDS: Final = 30  # for a client to read on; the kernel ends the connection then
+CLIENTS: Final = 200  # at a time: one more, and the oldest has to go
+BACKLOG: Final = 100  # that come at once: so many more there may be, until the next comes
 
 
 class ListenError(Exception):
@@ -47,11 +52,15 @@ class ListenError(Exception):
 
 
 class Responder:
-    """One HTTP handler on one or more addresses: all of them, or it is not opened."""
+    """One HTTP handler on one or more addresses: all of them, or it is not opened.
+
+    Anybody may connect, and each connection is a file that the forwarder would need: a client has
+    so long to ask and to read, and a newcomer, as a probe is, comes before those that linger.
+    """
 
     def __init__(self, handler: Handler) -> None:
         # Without access log: a probe each second is not news.
-        self._http = web.Server(handler, access_log=None)
+        self._http = web.Server(handler, access_log=None, keepalive_timeout=IDLE_SECONDS)
         self._sockets: list[socket.socket] = []
         self._servers: list[asyncio.Server] = []
 
@@ -75,7 +84,14 @@ class Responder:
         for bound in self._sockets:
             is_unix = bound.family == socket.AF_UNIX
             create = loop.create_unix_server if is_unix else loop.create_server
-            self._servers.append(await create(self._http, sock=bound))
+            self._servers.append(await create(self._client, sock=bound, backlog=BACKLOG))
+
+    def _client(self) -> asyncio.Protocol:
+        """Return who talks to a client that has just come."""
+        for oldest in self._http.connections[: 1 - CLIENTS]:
+            if oldest.transport is not None:
+                oldest.transport.abort()  # not close(), which waits for what is not read
+        return self._http()
 
     async def close(self) -> None:
         """Stop listening, end what is under way; the addresses are free when this returns."""
@@ -311,6 +327,7 @@ def _bound_socket(ip: str, port: int, *, dual_stack: bool) -> socket.socket:
     bound = socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
         if is_ipv6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not dual_stack))
         bound.bind((ip, port))

@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from pyproxy import child
 from pyproxy.demo.cluster import CLUSTER_CIDRS, NODES, of_families
 from pyproxy.demo.lab import Lab
 from pyproxy.demo.traffic import http_status
@@ -38,7 +38,7 @@ async def running(
     lab: Lab, arguments: Sequence[str], log: Path, command: Sequence[str] = ()
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run the proxy for the length of a block, and stop it as an init system would."""
-    argv = [*(command or (sys.executable, "-m", "pyproxy", "run")), *arguments]
+    argv = [*(command or child.command("pyproxy", "run")), *arguments]
     node = NODES[0].name
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
@@ -46,6 +46,7 @@ async def running(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            env=child.environment(),
             preexec_fn=lambda: lab.enter(node),
             start_new_session=True,  # Ctrl-C is for the demo; it stops the proxy itself
         )

@@ -11,13 +11,13 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import pyproxy
+from pyproxy import child
 from pyproxy.config import Logging
 from pyproxy.counters import Counts, Entry, total
 from pyproxy.model import Address, Frontend, ServicePortName
@@ -266,18 +266,15 @@ class Crew:
     async def _started(self, number: int, manner: Manner) -> Member:
         """Start a process. Raises ``OSError``."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        path = [str(Path(pyproxy.__file__).parent.parent)]
-        if "PYTHONPATH" in os.environ:
-            path.append(os.environ["PYTHONPATH"])
         with theirs:
             try:
                 process = await asyncio.to_thread(
                     subprocess.Popen,
-                    [sys.executable, "-P", *words(manner.family, theirs.fileno())],
+                    child.command(*words(manner.family, theirs.fileno())),
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # what a terminal tells all is for us to pass on
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+                    env=child.environment(),
                 )
             except OSError:
                 ours.close()

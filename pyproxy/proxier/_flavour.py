@@ -126,10 +126,13 @@ def version_of(name: str) -> tuple[tuple[int, ...], Flavour | None]:
 
 
 def answer_of(*argv: str) -> tuple[int, str]:
-    """Run a program that answers at once, before anything else runs."""
+    """Run a program that answers at once, before anything else runs.
+
+    The answer is for people, and to be counted: a byte that is not UTF-8 is not kept in it.
+    """
     try:
-        child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:
         return -1, error.strerror or str(error)
     output, _ = child.communicate()
-    return child.returncode, output
+    return child.returncode, output.decode(errors="replace")

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 import struct
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from pyproxy.proxier._given import (
 
 ASK_SOCKETS, ASK_CONNECTIONS, END = b"sockets", b"connections", b"end"
 MESSAGE = 1 << 16  # bytes
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 LATEST_SECONDS = 10.0  # until an answer is not waited for any more
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class Handover:
     def open(self) -> None:
         """Wait from now on, in the place of whoever did before. Raises ``OSError``."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_private(self.path.parent)
         server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             new = self.path.with_suffix(f".{os.getpid()}")
@@ -166,15 +169,29 @@ class Predecessor:
 
 
 def predecessor(path: Path) -> Predecessor | None:
-    """Return who serves now; None if there is nobody."""
+    """Return who serves now; None if there is nobody, or somebody whom another user started."""
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     peer.settimeout(LATEST_SECONDS)
     try:
         peer.connect(str(path))
+        uid = uid_of(peer)
     except OSError:
         peer.close()
         return None
+    if uid != os.geteuid():
+        peer.close()
+        log.warning("a stranger listens", extra={"path": str(path), "uid": uid})
+        return None
     return Predecessor(peer)
+
+
+def check_private(folder: Path) -> None:
+    """Raise ``PermissionError`` for a folder where another user may put something in our name."""
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, f"the folder is user {found.st_uid}'s")
+    if found.st_mode & OTHERS_WRITE:
+        raise PermissionError(errno.EPERM, "other users may write to the folder")
 
 
 async def send(peer: socket.socket, messages: Iterable[Parcel]) -> None:

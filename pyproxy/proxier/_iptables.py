@@ -19,7 +19,7 @@ from pyproxy.model import Family
 from pyproxy.proxier import _iptc
 from pyproxy.proxier._restorer import Failure, Restorer
 from pyproxy.rules.iptables_base import CANARY
-from pyproxy.rules.iptables_text import parsed, target_of
+from pyproxy.rules.iptables_text import from_bytes, parsed, target_of, to_bytes
 
 Flavour = Literal["nft", "legacy"]
 LOCK_SECONDS = "5"
@@ -203,15 +203,15 @@ async def run(argv: Sequence[str], text: str = "", env: Mapping[str, str] | None
     Raises ``IptablesError`` if it cannot be started or does not end.
     """
     pipe = asyncio.subprocess.PIPE
-    with os.fdopen(os.memfd_create("input"), "w+b") as stdin:
-        stdin.write(text.encode())
-        stdin.seek(0)
-        try:
+    try:
+        with os.fdopen(os.memfd_create("input"), "w+b") as stdin:
+            stdin.write(to_bytes(text))
+            stdin.seek(0)
             child = await asyncio.create_subprocess_exec(
                 *argv, stdin=stdin, stdout=pipe, stderr=pipe, env=env
             )
-        except OSError as error:
-            raise IptablesError(argv[0], error.strerror or str(error)) from error
+    except OSError as error:
+        raise IptablesError(argv[0], error.strerror or str(error)) from error
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             output, errors = await child.communicate()
@@ -223,7 +223,7 @@ async def run(argv: Sequence[str], text: str = "", env: Mapping[str, str] | None
                 child.kill()
             await child.wait()
     assert child.returncode is not None, "it has ended"
-    return Answer(child.returncode, output.decode(), errors.decode(errors="replace"))
+    return Answer(child.returncode, from_bytes(output), errors.decode(errors="replace"))
 
 
 def first_line(text: str) -> str:

@@ -18,8 +18,8 @@ END = signal.SIGTERM  # at once
 
 
 def words(family: Family, fd: int) -> list[str]:
-    """Return what a worker is started with, by which it is known."""
-    return ["-m", WORKER_MODULE, f"IPv{family}", str(fd)]
+    """Return the module and the arguments of a worker, by which it is known."""
+    return [WORKER_MODULE, f"IPv{family}", str(fd)]
 
 
 def tell_leftovers(family: Family, number: signal.Signals) -> None:

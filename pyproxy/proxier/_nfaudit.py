@@ -1,6 +1,7 @@
 """Whether this node has nf_tables, and who changed the tables that are ours."""
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 
@@ -15,6 +16,9 @@ from pyproxy.rules.nft import Chain, Hook, Masquerade, MatchState, Rule, Table
 AUDIT_SECONDS = 0.5
 AUDIT_SHARE = 20  # an audit that took a second is followed by a pause of so many
 LISTEN_AFTER_SECONDS = 10.0  # no family is loading its table any more
+RETRY_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
 
 
 def why_no_tables() -> str | None:
@@ -53,6 +57,7 @@ class Audit:
         self._current = current
         self._ruleset = current()
         self._table = table
+        self._is_blind = False  # and it is told
         self._suspects: list[str] = []  # who changed any rules before the audit under way
 
     def found(self, count: int) -> None:
@@ -69,9 +74,19 @@ class Audit:
         """Poll the generation for ever; listen for who makes new ones while nothing is loaded.
 
         While anybody listens, the kernel takes ten times as long to load elements, ours and those
-        of the other family.
+        of the other family. What goes wrong is logged, and tried again.
         """
         await target.settled.wait()
+        while True:
+            try:
+                await self._poll(target)
+            except (NfError, OSError) as error:
+                if not self._is_blind:
+                    log.warning("rules are not audited", extra={"error": str(error)})
+                self._is_blind = True
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _poll(self, target: NfTarget) -> None:
         clock = asyncio.get_running_loop().time
         listen_at = clock() + LISTEN_AFTER_SECONDS
         nf = NfTables()
@@ -80,11 +95,12 @@ class Audit:
             while True:
                 await asyncio.sleep(AUDIT_SECONDS)
                 if changes is None and clock() >= listen_at:
-                    changes = Generations()
+                    changes, listen_at = listener(), clock() + LISTEN_AFTER_SECONDS
                 heard = changes.receive() if changes is not None else []
                 others = [g for g in heard if g.pid != os.getpid()]
                 known = target.generation
                 if known is None or nf.generation().id == known:
+                    self._tell_sight()
                     continue
                 self._suspects = sorted({f"{g.process} ({g.pid})" for g in others})
                 if changes is not None:
@@ -98,3 +114,16 @@ class Audit:
             nf.close()
             if changes is not None:
                 changes.close()
+
+    def _tell_sight(self) -> None:
+        if self._is_blind:
+            self._is_blind = False
+            log.info("rules are audited again")
+
+
+def listener() -> Generations | None:
+    """Return what tells who changes rules; None if it cannot be had now."""
+    try:
+        return Generations()
+    except OSError:
+        return None

@@ -11,6 +11,8 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pyproxy.rules.iptables_text import to_bytes
+
 DONE = b"# done\n"
 ANSWER_SECONDS = 2.0  # for a program without work to say that it is there
 
@@ -43,7 +45,7 @@ class Restorer:
         before, self._given = self._given, self._given + len(lines) + 1
         try:
             async with asyncio.timeout(seconds):
-                if await says(child, "".join(f"{line}\n" for line in lines).encode()):
+                if await says(child, to_bytes("".join(f"{line}\n" for line in lines))):
                     self._child = child
                     return None
                 assert child.stderr is not None, "it is a pipe"

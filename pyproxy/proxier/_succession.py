@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from pyproxy.model import Family
 from pyproxy.proxier._given import Entrances, Given, GivenFlow
-from pyproxy.proxier._handover import Handover, Predecessor, predecessor
+from pyproxy.proxier._handover import Handover, Predecessor, check_private, predecessor
 
 RUN = Path("/run/pyproxy")
 
@@ -118,7 +118,18 @@ MAIN = 0  # the number of the process that has the plan; workers count from one
 
 
 def predecessors(path: Path) -> dict[int, Predecessor]:
-    """Return who serves now, by number, first the one that has the plan."""
+    """Return who serves now, by number, first the one that has the plan.
+
+    There is nobody to trust in a folder that is not ours alone.
+    """
+    try:
+        check_private(path.parent)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        fields = {"folder": str(path.parent), "reason": error.strerror}
+        log.warning("no predecessor is looked for", extra=fields)
+        return {}
     places = {MAIN: path}
     for place in path.parent.glob(f"{path.stem}.*{path.suffix}"):
         number = place.name.split(".")[-2]
@@ -135,7 +146,8 @@ def meeting_place(folder: str, family: Family) -> Path:
     elif os.geteuid() == 0:
         place = RUN
     else:
-        place = Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp"), "pyproxy")
+        own = os.environ.get("XDG_RUNTIME_DIR")
+        place = Path(own, "pyproxy") if own else Path(f"/tmp/pyproxy-{os.geteuid()}")
     namespace = os.stat("/proc/self/ns/net").st_ino
     return place / f"userspace-ipv{family}-{namespace}.sock"
 

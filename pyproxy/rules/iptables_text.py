@@ -31,6 +31,15 @@ class Line(NamedTuple):
     rule: str = ""
 
 
+def from_bytes(output: bytes) -> str:
+    """Return the text of bytes, which ``to_bytes`` gives back: comments of others may be any."""
+    return output.decode(errors="surrogateescape")
+
+
+def to_bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
+
+
 def is_ours(chain: str) -> bool:
     """Say whether a chain is ours, or kube-proxy's in mode iptables, to rewrite and to delete."""
     return chain in SHARED or is_of_owner(chain) is not None

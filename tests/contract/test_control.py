@@ -127,6 +127,27 @@ async def test_what_was_left_there_is_replaced(path):
         assert (await answering(path)).node == "here"
 
 
+@pytest.mark.parametrize("before", [None, 0o644], ids=["new", "of an earlier version"])
+async def test_nobody_else_can_lock_it(path, before):
+    lock = path.with_name(f"{path.name}.lock")
+    if before is not None:
+        path.parent.mkdir(mode=0o700)
+        lock.touch(before)
+    async with serving(path):
+        await answering(path)
+        modes = [stat.S_IMODE(each.stat().st_mode) for each in (path.parent, lock)]
+        assert modes == [0o700, 0o600]
+
+
+async def test_a_link_in_place_of_the_lock_is_not_followed(path, tmp_path, caplog):
+    path.parent.mkdir()
+    (elsewhere := tmp_path / "elsewhere").write_text("of somebody")
+    path.with_name(f"{path.name}.lock").symlink_to(elsewhere)
+    async with serving(path):
+        await told_of(caplog)
+    assert elsewhere.read_text() == "of somebody"
+
+
 async def test_a_second_one_goes_without_says_so_once_and_takes_over_in_the_end(path, caplog):
     async with serving(path, "first") as first:
         await answering(path, "first")

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import pytest
 from aiohttp import web
 
+from pyproxy import http
 from pyproxy.health import Health
 from pyproxy.http import (
     About,
     HttpServer,
     ListenError,
+    Responder,
     ServiceHealthServers,
     health_server,
     metrics_server,
@@ -170,7 +172,7 @@ async def test_nonsense_is_refused_and_the_server_goes_on():
 async def test_a_silent_client_does_not_keep_the_server_from_ending():
     async with running(health_on_loopback(healthy())) as address:
         reader, writer = await asyncio.open_connection(*address)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await reader.read() == b""
     writer.close()
     await writer.wait_closed()
@@ -553,3 +555,80 @@ async def test_updates_at_the_same_time_do_not_mix():
                 ports = {} if count == 1 else {WEB: health_port(port, count)}
                 tasks.create_task(servers.update(ports), name=f"update {count}")
         assert (await weight(port), failures) == ((200, "3"), [])
+
+
+# --- what a client may cost ---------------------------------------------------------------------
+
+PROBE = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def until(holds):
+    async with asyncio.timeout(30):
+        while not holds():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.02)
+
+
+async def answered(reader):
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(line for line in head.lower().split(b"\r\n") if b"content-length" in line)
+    await reader.readexactly(int(length.split(b":")[1]))
+    return int(head.split()[1])
+
+
+async def test_a_client_may_ask_again_on_its_connection():
+    async with running(health_on_loopback(healthy())) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        for _ in range(3):
+            writer.write(PROBE)
+            assert await answered(reader) == 200
+        writer.close()
+
+
+def test_a_scrape_a_minute_finds_its_connection():
+    assert http.IDLE_SECONDS > 60
+
+
+@pytest.mark.parametrize(
+    ("said", "replies"),
+    [
+        pytest.param(b"", 0, id="nothing"),
+        pytest.param(PROBE[:-4], 0, id="half a request"),
+        pytest.param(PROBE, 1, id="no second request"),
+    ],
+)
+async def test_a_client_that_does_not_go_on_is_let_go(said, replies, monkeypatch):
+    monkeypatch.setattr(http, "IDLE_SECONDS", 0.2)
+    async with running(health_on_loopback(healthy())) as address, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(said)
+        assert (await reader.read()).count(b"HTTP/1.1 200") == replies
+        writer.close()
+
+
+async def test_a_client_that_does_not_read_is_let_go(monkeypatch):
+    monkeypatch.setattr(http, "UNREAD_SECONDS", 1)
+    asked = []
+
+    async def much(request):
+        asked.append(request.transport)
+        return web.Response(body=bytes(32 << 20))
+
+    responder = Responder(much)
+    await responder.open([("127.0.0.1", 0)], dual_stack=False)
+    with socket.create_connection(responder.address()) as silent:
+        silent.send(PROBE)
+        await until(lambda: asked and asked[0].is_closing())
+    await responder.close()
+
+
+async def test_a_probe_is_answered_however_many_linger(monkeypatch):
+    monkeypatch.setattr(http, "CLIENTS", 3)
+    async with running(health_on_loopback(healthy())) as address:
+        lingering = []
+        for _ in range(10):
+            lingering.append(await asyncio.open_connection(*address))
+            assert (await ask(address, "/livez")).status == 200
+        closed = [reader for reader, _ in lingering if reader.at_eof() or reader.exception()]
+        assert len(closed) >= 7
+        for _, writer in lingering:
+            writer.close()

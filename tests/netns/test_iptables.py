@@ -44,6 +44,7 @@ from tests.netns.conftest import ADDRESSES, ADDRESSES6
 from tests.netns.node import udp_client
 from tests.trace.iptables import chosen
 
+# "\udce9" is a byte that is not UTF-8: "e" with acute in ISO 8859-1.
 FOREIGN = """*filter
 :KUBE-FIREWALL - [0:0]
 :MINE - [0:0]
@@ -51,6 +52,7 @@ FOREIGN = """*filter
 -A INPUT -j KUBE-FIREWALL
 -A FORWARD -j MINE
 -A MINE -m comment --comment "says -j KUBE-SERVICES" -j RETURN
+-A MINE -p udp -m comment --comment "caf\udce9" -j RETURN
 -A KUBE-FIREWALL -m mark --mark 0x8000/0x8000 -j DROP
 COMMIT
 *nat
@@ -87,7 +89,9 @@ class Counting(Iptables):
 
 def output_of(*argv, text=""):
     pipe = subprocess.PIPE
-    child = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(
+        argv, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="surrogateescape"
+    )
     output, _ = child.communicate(text, timeout=60)
     assert child.returncode == 0, output
     return output

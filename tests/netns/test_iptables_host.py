@@ -12,7 +12,7 @@ from pyproxy.config import Config
 from pyproxy.host import Host
 from pyproxy.process import SystemClock
 from pyproxy.proxier._flavour import FLAVOURS, chosen_flavour, programs_of
-from pyproxy.rules.iptables_text import is_ours, parsed
+from pyproxy.rules.iptables_text import from_bytes, is_ours, parsed
 from tests.iptables_cluster import NODE_IP, cluster
 from tests.netns.test_iptables import FOREIGN, flush, output_of, without_counters
 
@@ -24,6 +24,9 @@ COMMIT
 :FORWARD DROP [0:0]
 :KUBE-KUBELET-OTHER - [0:0]
 -A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+COMMIT
+*nat
+-A POSTROUTING -p udp -m comment --comment "caf\udce9" -j ACCEPT
 COMMIT
 """
 FEW = "*filter\n-A OUTPUT -p tcp -m tcp --dport 9999 -j DROP\nCOMMIT\n"
@@ -53,7 +56,7 @@ def emptied():
 def everything():
     """What iptables-save prints, by family and flavour."""
     return {
-        (family, flavour): without_counters(subprocess.check_output([programs.save], text=True))
+        (family, flavour): without_counters(from_bytes(subprocess.check_output([programs.save])))
         for family in (4, 6)
         for flavour, programs in programs_of(family).items()
     }

@@ -11,6 +11,7 @@ from pyproxy.proxier import _iptc
 from pyproxy.proxier._flavour import Census, census, programs_of, tables_with
 from pyproxy.proxier._iptables import Iptables, IptablesError, LegacyIptables
 from pyproxy.proxier._iptarget import remove_chains
+from pyproxy.proxier._others import Chains
 from pyproxy.rules.iptables import Ruleset
 from pyproxy.rules.iptables_base import CANARY, fixed_chains, jumps
 from pyproxy.rules.iptables_text import founded, parsed
@@ -100,6 +101,33 @@ async def test_rules_of_others_keep_their_place_and_their_counters(tables):
     kept = [line for line in before if "KUBE-FIREWALL" not in line]
     assert [line for line in without_counters(await tables.save()) if line in kept] == kept
     assert output_of(plain, "-w", "-v", "-S", "MINE") == counters
+
+
+ANY_BYTES = '-A FORWARD -m comment --comment "caf\udce9" -j KUBE-FORWARD'
+
+
+async def with_a_jump_in_any_bytes(tables):
+    await laid(tables)
+    output_of(tables.programs.restore, "--noflush", text=f"*filter\n{ANY_BYTES}\nCOMMIT\n")
+    before = without_counters(await tables.save())
+    assert ANY_BYTES in before
+    return before
+
+
+async def test_a_jump_whose_comment_is_not_utf8_is_removed(tables):
+    await with_a_jump_in_any_bytes(tables)
+    assert (await tables.chains("filter"))["FORWARD"] > 1
+    await remove_chains(tables)
+    assert "KUBE-FORWARD" not in await tables.save()
+
+
+async def test_a_jump_whose_comment_is_not_utf8_is_silenced_and_woken(tables):
+    before = await with_a_jump_in_any_bytes(tables)
+    other = Chains(tables, parsed("\n".join(before)))
+    assert await other.silence()
+    assert ANY_BYTES not in await tables.save()
+    await other.wake()
+    assert sorted(without_counters(await tables.save())) == sorted(before)
 
 
 async def test_to_look_brings_no_table_into_being():
