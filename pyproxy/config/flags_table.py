@@ -70,7 +70,8 @@ GROUPS: Final = (
                 "kube-api-qps",
                 NUMBER,
                 "client_connection.qps",
-                "Requests to the API server each second, a watch being one; negative: no limit.",
+                "Requests to the API server each second, a watch or a list being one; "
+                "negative: no limit.",
             ),
             Flag(
                 "kube-api-burst",

@@ -274,7 +274,8 @@ class KubeApi:
     ) -> aiohttp.ClientResponse:
         """Return the answer's beginning; whoever gets it releases it."""
         clock = asyncio.get_running_loop().time
-        await asyncio.sleep(self._throttle.delay(clock()))
+        if "continue" not in query:  # a list is one request, however many pages it has
+            await asyncio.sleep(self._throttle.delay(clock()))
         started_at = clock()
         code = "<error>"
         try:
