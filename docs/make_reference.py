@@ -51,6 +51,7 @@ OWN = (
     "programmedAnnotationPeriod",
     "serviceMetrics",
     "serviceProxyName",
+    "conntrack.endForbiddenFlows",
     "ipvs.bindAddresses",
     "ipvs.drainTimeout",
     "userspace.",

@@ -20,6 +20,8 @@ def with_flows(
     before: Sequence[PlanRow],
     after: Sequence[PlanRow],
     around: Mapping[Family, Surroundings],
+    *,
+    ends_forbidden: bool,
 ) -> RouteChanges:
     """Return the difference with the flows that are counted in this network namespace.
 
@@ -47,7 +49,8 @@ def with_flows(
             return found
         lost = there
         if not (moves and found.mode_before == "userspace"):
-            lost = list(condemned(there, review_of(old, new, moves=moves), around[family]))
+            pending = Pending(ends_forbidden=ends_forbidden)
+            lost = list(condemned(there, review_of(pending, old, new, moves), around[family]))
         flows, ending = flows + len(there), ending + len(lost)
         all_counts, lost_counts = counted(there, wanted), counted(lost, wanted)
         for at, front in touched.items():
@@ -55,8 +58,7 @@ def with_flows(
     return replace(found, items=tuple(items), flows=flows, ending=ending)
 
 
-def review_of(old: Ports, new: Ports, *, moves: bool) -> Review:
-    pending = Pending()
+def review_of(pending: Pending, old: Ports, new: Ports, moves: bool) -> Review:
     if not moves:
         pending.take(old)
         pending.note(old.keys() | new.keys())

@@ -119,7 +119,13 @@ def of_plan(own: argparse.Namespace, after: Files) -> int:
         entries=entry_changes(*(side.ask("entries", Entries, {}) for side in sides)),
     )
     were, will = (side.ask("plan", Plans, {}).items for side in sides)
-    found = with_flows(found, were, will, {f.family: f.around for f in after.view.families})
+    found = with_flows(
+        found,
+        were,
+        will,
+        {f.family: f.around for f in after.view.families},
+        ends_forbidden=after.config.conntrack.end_forbidden_flows,
+    )
     show(as_json(found) if own.output == "json" else text_of(found, with_entries=own.entries))
     return EQUAL if found.is_equal else DIFFERS
 

@@ -224,6 +224,13 @@ GROUPS: Final = (
                 "The same, for answered ones.",
             ),
             Flag(
+                "conntrack-end-forbidden-flows",
+                BOOL,
+                "conntrack.end_forbidden_flows",
+                "End connections that a stricter traffic policy, source range or node port would "
+                "not let in any more, instead of letting them go on.",
+            ),
+            Flag(
                 "oom-score-adj",
                 INTEGER,
                 "oom_score_adj",

@@ -32,7 +32,7 @@ class Tracked(Outer):
     def __init__(self, inner: Proxier, env: Env) -> None:
         super().__init__(inner)
         self._env = env
-        self._pending = Pending()
+        self._pending = Pending(ends_forbidden=env.config.conntrack.end_forbidden_flows)
         self._failing = False
 
     async def sync(self, plan: Plan, changed: Owners) -> SyncReport:

@@ -3,7 +3,8 @@
 The kernel sends a tracked flow where its first packet was sent, whatever the rules say by then.
 Flows of UDP and SCTP whose backend no longer serves are *stale*: their client would talk to
 nobody for as long as it talks. Flows of any protocol that a stricter policy, source range or
-node port would no longer let through are *broken*.
+node port would no longer let through are *broken*; kube-proxy lets these go on, and so does who
+does not ask for their end.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -71,9 +72,13 @@ class Review(Struct, frozen=True):
 
 
 class Pending:
-    """Knows the plan that the flows of each owner were made under, and which to look at again."""
+    """Knows the plan that the flows of each owner were made under, and which to look at again.
 
-    def __init__(self) -> None:
+    ``ends_forbidden``: flows that a new plan would not let through are looked for, too.
+    """
+
+    def __init__(self, *, ends_forbidden: bool) -> None:
+        self._ends_forbidden = ends_forbidden
         self._known: dict[ServicePortName, PortPlan] | None = None  # before the first review
         self._due: set[ServicePortName] = set()
 
@@ -103,7 +108,7 @@ class Pending:
             if new is not None:
                 self._known[owner] = new
                 services |= dict.fromkeys(affected(old, new), new.serving)
-            for rule in broken(old, new):
+            for rule in broken(old, new) if self._ends_forbidden else ():
                 tightened[rule.frontend] = (*tightened.get(rule.frontend, ()), rule)
         self._due = later
         return Review(services, tightened)

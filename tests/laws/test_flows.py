@@ -103,10 +103,14 @@ def test_no_flow_is_broken_that_the_new_plan_would_let_through(old, new, flow, k
             }
 
 
-@given(st.lists(st.none() | plans(), min_size=1, max_size=6), st.lists(flows(), max_size=8))
-def test_reviews_leave_no_stale_flow_behind(history, found):
+@given(
+    st.lists(st.none() | plans(), min_size=1, max_size=6),
+    st.lists(flows(), max_size=8),
+    st.booleans(),
+)
+def test_reviews_leave_no_stale_flow_behind(history, found, ends_forbidden):
     """Whatever the history, what its reviews condemn includes all that is stale in the end."""
-    pending, left = Pending(), list(found)
+    pending, left = Pending(ends_forbidden=ends_forbidden), list(found)
     for port in history:
         ports = {port.owner: port} if port is not None else {}
         pending.note({owner("dns", proto="UDP")})

@@ -131,7 +131,9 @@ async def differences(stage, mode):
     as_json = (*words, "-o", "json", "--mode")
     return {
         "same": await stage.command(*as_json, mode, "-f", "manifests"),
-        "local": await stage.command(*as_json, mode, "-f", local),
+        "local": await stage.command(
+            *as_json, mode, "-f", local, "--conntrack-end-forbidden-flows"
+        ),
         "moved": await stage.command(*as_json, OTHER[mode], "-f", "manifests"),
         "all": await stage.command(*as_json, mode, "-f", "manifests", "--masquerade-all"),
         "text": await stage.command(*words, "--mode", mode, "-f", local, "--entries"),

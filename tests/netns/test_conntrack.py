@@ -119,7 +119,7 @@ def plan(family, *backends, proto=UDP, **fields):
 
 def review_of(*history):
     """What the last of these plans calls for, each having been in force."""
-    pending = Pending()
+    pending = Pending(ends_forbidden=True)
     for port in history:
         pending.note({port.owner})
         review = pending.take({port.owner: port})

@@ -96,6 +96,7 @@ OWN = {
     "programmedAnnotationPeriod",
     "serviceMetrics",
     "serviceProxyName",
+    "conntrack.endForbiddenFlows",
     "ipvs.bindAddresses",
     "ipvs.drainTimeout",
 }

@@ -276,14 +276,14 @@ def test_these_changes_break_nothing(old, new):
 
 
 def test_the_first_review_is_of_every_owner_and_breaks_nothing():
-    pending = Pending()
+    pending = Pending(ends_forbidden=True)
     port = exposed(endpoint(1))
     review = pending.take({port.owner: port})
     assert review == Review(dict.fromkeys(ALL, port.serving), {})
 
 
 def test_a_review_is_of_the_owners_noted_since_the_last():
-    pending = Pending()
+    pending = Pending(ends_forbidden=False)
     old, new = exposed(*MIXED), exposed(endpoint(1))
     assert pending.take({old.owner: old})
     assert not pending.take({new.owner: new})
@@ -293,7 +293,7 @@ def test_a_review_is_of_the_owners_noted_since_the_last():
 
 
 def test_what_is_not_in_force_yet_is_reviewed_later():
-    pending = Pending()
+    pending = Pending(ends_forbidden=False)
     old, new = exposed(*MIXED), exposed(endpoint(1))
     pending.take({old.owner: old})
     pending.note({new.owner})
@@ -301,8 +301,25 @@ def test_what_is_not_in_force_yet_is_reviewed_later():
     assert pending.take({new.owner: new}).frontends == ALL
 
 
+@PROTOS
+def test_what_new_rules_forbid_goes_on_unless_its_end_is_asked_for(proto):
+    pending = Pending(ends_forbidden=False)
+    old = exposed(*MIXED, proto=proto)
+    new = exposed(
+        *MIXED,
+        proto=proto,
+        external_local=True,
+        internal_local=True,
+        source_ranges=("203.0.113.0/24",),
+        node_port=0,
+    )
+    pending.take({old.owner: old})
+    pending.note({new.owner})
+    assert not pending.take({new.owner: new})
+
+
 def test_a_review_compares_with_the_last_plan_reviewed_whatever_came_between():
-    pending = Pending()
+    pending = Pending(ends_forbidden=True)
     old, new = exposed(*MIXED, proto="TCP"), exposed(*MIXED, proto="TCP", external_local=True)
     pending.take({old.owner: old})
     pending.note({old.owner})
@@ -316,7 +333,7 @@ def test_a_review_compares_with_the_last_plan_reviewed_whatever_came_between():
 
 
 def test_an_owner_that_went_and_came_back_is_new():
-    pending = Pending()
+    pending = Pending(ends_forbidden=False)
     port = exposed(endpoint(1))
     pending.take({port.owner: port})
     pending.note({port.owner})

@@ -26,7 +26,7 @@ def sent(port):
 
 
 def review(old, new):
-    pending = Pending()
+    pending = Pending(ends_forbidden=True)
     pending.take({old.owner: old})
     pending.note([old.owner])
     return pending.take({new.owner: new})
