@@ -169,7 +169,7 @@ class Conntrack(Struct, frozen=True, rename=file_name):
     tcp_be_liberal: bool = False
     udp_timeout_seconds: Seconds = 0.0
     udp_stream_timeout_seconds: Seconds = 0.0
-    end_forbidden_flows: bool = False  # pyproxy's own: those that new, stricter rules forbid
+    end_forbidden_flows: bool = True  # pyproxy's own: those that new, stricter rules forbid
 
 
 class Config(Struct, frozen=True, rename=file_name):

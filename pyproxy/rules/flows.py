@@ -3,8 +3,8 @@
 The kernel sends a tracked flow where its first packet was sent, whatever the rules say by then.
 Flows of UDP and SCTP whose backend no longer serves are *stale*: their client would talk to
 nobody for as long as it talks. Flows of any protocol that a stricter policy, source range or
-node port would no longer let through are *broken*; kube-proxy lets these go on, and so does who
-does not ask for their end.
+node port would no longer let through are *broken*. kube-proxy lets these go on, and so does
+``conntrack.endForbiddenFlows: false``.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping

@@ -131,9 +131,7 @@ async def differences(stage, mode):
     as_json = (*words, "-o", "json", "--mode")
     return {
         "same": await stage.command(*as_json, mode, "-f", "manifests"),
-        "local": await stage.command(
-            *as_json, mode, "-f", local, "--conntrack-end-forbidden-flows"
-        ),
+        "local": await stage.command(*as_json, mode, "-f", local),
         "moved": await stage.command(*as_json, OTHER[mode], "-f", "manifests"),
         "all": await stage.command(*as_json, mode, "-f", "manifests", "--masquerade-all"),
         "text": await stage.command(*words, "--mode", mode, "-f", local, "--entries"),
