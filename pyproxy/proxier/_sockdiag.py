@@ -1,8 +1,8 @@
-"""Ends UDP sockets of this machine that are connected to a backend, as their owners cannot know.
+"""Ends sockets by way of the kernel: those whose owners cannot know, or that have none any more.
 
-A connected socket never asks again where its datagrams should go. The kernel can end it: its owner
-gets ECONNABORTED, once, as if the network had said so. Linux: sock_diag(7), SOCK_DESTROY, with
-CONFIG_INET_DIAG_DESTROY; CAP_NET_ADMIN, and CAP_SYS_ADMIN to enter other network namespaces.
+A UDP socket that is connected to a backend never asks again where its datagrams should go. Its
+owner gets ECONNABORTED, once, as if the network had said so. Linux: sock_diag(7), SOCK_DESTROY,
+with CONFIG_INET_DIAG_DESTROY; CAP_NET_ADMIN, and CAP_SYS_ADMIN to enter other network namespaces.
 """
 
 import ctypes
@@ -11,16 +11,18 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from errno import EADDRNOTAVAIL
+from functools import cache, partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
-from pyproxy.model import Address
+from pyproxy.model import Address, Family
 from pyproxy.proxier._netlink import Message, Netlink
 
 NETLINK_SOCK_DIAG = 4
 BY_FAMILY, DESTROY = 20, 21
-CONNECTED = 1 << 1  # the states asked for
+CONNECTED, TIME_WAIT = 1 << 1, 1 << 6  # the states asked for
 REQUEST = struct.Struct("=BBBBI48s")  # family, protocol, extensions, padding, states, identity
 ANSWER = struct.Struct("=BBBB48s")
 IDENTITY = struct.Struct("=2s2s16s16sI8s")  # ports and addresses of both ends, device, cookie
@@ -88,6 +90,38 @@ def connected(diag: Netlink) -> Iterator[Found]:
             _port, port, _ip, ip, _device, cookie = IDENTITY.unpack(identity)
             destroy = REQUEST.pack(of, socket.IPPROTO_UDP, 0, 0, CONNECTED, identity)
             yield Found(cookie, Address(printed(of, ip), int.from_bytes(port, "big")), destroy)
+
+
+def forget_waiting(family: Family) -> None:
+    """Have no TCP connection wait in TIME_WAIT that had an address of another machine.
+
+    When that machine connects by NAT again, with the same port, the kernel would take the answer
+    for one to the connection that waits, and drop it (Linux: ip_forward, of packets with a socket).
+    Raises ``OSError``. Kernels before 6.2 do not forget such.
+    """
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    here = cache(is_here)
+    diag = Netlink(NETLINK_SOCK_DIAG)
+    try:
+        about = partial(REQUEST.pack, kind, socket.IPPROTO_TCP, 0, 0, TIME_WAIT)
+        identities = [
+            ANSWER.unpack_from(answer)[4] for answer in diag.dump(BY_FAMILY, about(bytes(48)))
+        ]
+        strange = [i for i in identities if not here(printed(kind, IDENTITY.unpack(i)[2]))]
+        diag.carry_out([Message(DESTROY, 0, about(identity)) for identity in strange])
+    finally:
+        diag.close()
+
+
+def is_here(ip: str) -> bool:
+    """Say whether an address is one that a socket here may have without more ado."""
+    kind = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with socket.socket(kind, socket.SOCK_DGRAM) as trial:
+        try:
+            trial.bind((ip, 0))
+        except OSError as error:
+            return error.errno != EADDRNOTAVAIL
+    return True
 
 
 def printed(family: int, packed: bytes) -> str:

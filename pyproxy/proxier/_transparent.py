@@ -34,6 +34,7 @@ from pyproxy.proxier._netlink import (
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nfpack import delete_table, new_table
 from pyproxy.proxier._nfwhole import Whole
+from pyproxy.proxier._sockdiag import forget_waiting
 from pyproxy.proxier._sockets import OPTIONS
 from pyproxy.rules.listeners import Surroundings, origin_of
 from pyproxy.rules.nft import Chain, Hook, MatchTransparent, Rule, SetMark, Table
@@ -122,6 +123,8 @@ class Transparent:
 
     def close(self) -> None:
         """Dress nobody any more. What was installed stays, for who comes next."""
+        if self._netlink is not None:
+            forget(self._family)
         self._netlink = None
 
     def guise(self, action: Forward, ip: str, backend: Address, now: float) -> Guise | None:
@@ -227,6 +230,8 @@ def remove(family: Family) -> str | None:
     finally:
         netlink.close()
     problems = [errno.errorcode.get(c, str(c)) for c in codes if c not in (0, *NOT_THERE)]
+    if codes[0] == 0:
+        forget(family)
     try:
         nf_tables = NfTables()
     except OSError:
@@ -244,6 +249,14 @@ def remove(family: Family) -> str | None:
     finally:
         nf_tables.close()
     return "; ".join(problems) or None
+
+
+def forget(family: Family) -> None:
+    """Let clients connect past this mode with ports that they have had with it."""
+    try:
+        forget_waiting(family)
+    except OSError as error:
+        log.debug("connections in TIME_WAIT stay", extra={"error": error.strerror})
 
 
 NOT_THERE = (errno.ENOENT, errno.ESRCH, errno.EAFNOSUPPORT, errno.EPERM)

@@ -2,6 +2,7 @@
 
 import asyncio
 import subprocess
+import sys
 from contextlib import ExitStack, asynccontextmanager
 
 import pytest
@@ -10,8 +11,8 @@ from pyproxy.config import Config, Userspace
 from pyproxy.model import Address
 from pyproxy.proxier import _transparent
 from pyproxy.proxier._nfnetlink import NfTables
-from tests.netns.abuse import TRIALS
-from tests.netns.machines import Machine, done, forwards
+from tests.netns.abuse import TRIALS, becomes
+from tests.netns.machines import Machine, done, forwards, started
 from tests.netns.node import proxied
 
 OUTSIDE = {4: "203.0.113.60", 6: "fd00:6e::60"}
@@ -102,6 +103,45 @@ async def test_packets_that_a_port_mapping_of_the_cni_has_marked_go_their_way(ma
             assert await outside.asks(POD[4], PORT) == {OUTSIDE[4]: 1}
         finally:
             await asyncio.to_thread(done, "nft", "delete", "table", "ip", "portmap")
+
+
+LISTENER = """
+import socket, sys
+kind = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+server = socket.create_server((sys.argv[1], int(sys.argv[2])), family=kind)
+print("ready", flush=True)
+while True:
+    with server.accept()[0] as sock:
+        assert sock.recv(1) == b""
+"""
+FIRST_TO_END = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 80), 3) as sock:
+    sock.shutdown(socket.SHUT_WR)
+    assert sock.recv(1) == b""
+"""
+
+
+@both
+async def test_whoever_comes_next_may_use_the_ports_of_connections_that_have_ended(
+    family, machines
+):
+    outside, pod = machines
+    python = sys.executable, "-c"
+    async with served(family) as (node, vip):
+        await node.endpoints("web", Address(POD[family], 8081))
+        with started(pod.command(*python, LISTENER, POD[family], "8081")):
+            await asyncio.to_thread(outside.run, *python, FIRST_TO_END, vip)
+            assert await becomes(True, lambda: bool(waiting(family)))
+    assert waiting(family) == []
+
+
+def waiting(family):
+    """The connections that the client's address still has here, though nobody has them open."""
+    words = ["ss", "-Htan", f"-{family}", "state", "time-wait"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        listed = process.communicate()[0]
+    return [line for line in listed.splitlines() if OUTSIDE[family] in line]
 
 
 async def test_nothing_is_left_of_it_when_the_mode_is_cleared():
