@@ -269,8 +269,7 @@ async def serving(
     metrics = Metrics(config.mode, settings.families)
     metrics.features(enabled_features(config))
     try:
-        state_dir = "" if options.init_only else options.state_dir
-        feed = await feed_from(options, config, node, metrics, state_dir)
+        feed = await feed_from(options, config, node, metrics, options.state_dir)
         if move is not None:
             feed = move.feed(feed)
         for warning in warnings(config):
