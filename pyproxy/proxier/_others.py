@@ -3,6 +3,7 @@
 It is found by what is in the kernel, whoever wrote it. Nothing comes into being by looking.
 """
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Protocol
@@ -15,6 +16,7 @@ from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.proxier._ipvsnl import Ipvs
 from pyproxy.proxier._nfnetlink import NfError, NfTables
 from pyproxy.proxier._nftarget import commit
+from pyproxy.proxier._transparent import forget
 from pyproxy.proxier._vips import Vips
 from pyproxy.rules.iptables import SERVICES
 from pyproxy.rules.iptables_text import Rules, parsed, silenced, woken
@@ -125,6 +127,8 @@ class Local:
         return mode == self.mode
 
     async def silence(self) -> bool:
+        if self.mode == "userspace":
+            await asyncio.to_thread(forget, self._family)
         return False
 
     async def wake(self) -> None:

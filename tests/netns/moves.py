@@ -43,8 +43,8 @@ BLOCK = (  # nobody but pods reaches the cluster IP that a probe from the node a
 )
 
 
-# A connection made in a client's name leaves its port in use on the node for a minute: whoever then
-# comes to the same backend from that port, past the relay, gets no answer.
+# A connection made in a client's name leaves its port in use here for a minute, or until that
+# is ended: whoever comes to the same backend from it meanwhile, past the relay, gets no answer.
 ANONYMOUS = ("--userspace-keep-client-address=false",)
 # What a CNI plugin has on nearly every node: so that NAT and connection tracking are always on.
 CNI = """
