@@ -159,6 +159,11 @@ class Scene:
         chains = "KUBE-SERVICES" in self.on_node("iptables-save", "-t", "nat")
         return sorted({*tables, *(["iptables"] if chains else [])})
 
+    def held(self):
+        """Return how many connections virtual servers have that both sides keep open."""
+        rows = [line.split() for line in self.on_node("ipvsadm", "-Ln").splitlines()]
+        return sum(int(row[4]) for row in rows if row[0] == "->" and row[-1].isdigit())
+
     def on_node(self, *words, text=None):
         with subprocess.Popen(
             words,
@@ -273,6 +278,7 @@ async def toured(scene, traffic, old, new):
             await traffic.more()
         refused = await scene.migrate("--to=userspace", "--then-run")
         traffic.stop("ipvs", "ipvs again")
+        await scene.until(lambda: not scene.held())
         async with scene.proxy("userspace", ("migrate", "--then-run", "--to=userspace")) as log:
             traffic.begin_long("userspace")
             await traffic.more()
