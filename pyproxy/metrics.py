@@ -2,6 +2,7 @@
 
 Names and labels are those that dashboards of kube-proxy use. The tables below are all of them; a
 mode that has more rows to fill calls ``count``, ``put`` and ``observe`` with a row's name.
+A little long, because the table of all rows is in one piece.
 """
 
 import platform

@@ -2,6 +2,7 @@
 
 A destination of connections is never taken away while it has any: it gets the weight 0, and goes
 when it is idle. Its virtual server and its local address stay with it.
+Long, because the order in which the three are written is one decision.
 """
 
 import asyncio

@@ -1,4 +1,7 @@
-"""Requests to nf_tables as bytes, to be joined to transactions. No I/O."""
+"""Requests to nf_tables as bytes, to be joined to transactions. No I/O.
+
+Long, because each object of a table has its few lines; expressions are in ``_nfexpr``.
+"""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -208,16 +211,8 @@ def delete_elements(table: Table, name: str, elements: Sequence[Element]) -> lis
 
 
 SetForm = tuple[tuple[int, bytes], ...]
-_SET_MEANING = {
-    3,
-    4,
-    5,
-    6,
-    7,
-    9,
-    11,
-    SET_EXPRESSION,
-}  # what the dump has besides is ours for nft, or the kernel's
+# What the dump has besides is ours for nft, or the kernel's.
+_SET_MEANING = {3, 4, 5, 6, 7, 9, 11, SET_EXPRESSION}
 
 
 def set_form(table: Table, a_set: Set) -> SetForm:

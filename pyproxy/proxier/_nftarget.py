@@ -2,6 +2,7 @@
 
 It knows what the kernel holds, by container and key, and sends what differs. Items that several
 owners may want (a shared chain, a cluster IP, a hairpin) are there while anybody wants them.
+A little long: what it holds, and how that is compared, are apart already (``_nfheld``).
 """
 
 import asyncio

@@ -2,6 +2,7 @@
 
 A key of several fields is their bytes in a row, each filled up to four, so that such keys can be
 put together by ``+``. A key of one field is just its bytes. Linux: net/netfilter/nf_tables_api.c.
+Long, because it is the whole vocabulary, a few lines for each word, that all who use it import.
 """
 
 import sys

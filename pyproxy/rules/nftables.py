@@ -3,7 +3,8 @@
 No chain belongs to a Service. A frontend is an element of a verdict map and goes to a chain that
 all pools of its size share; its endpoints are numbered elements of a data map, from which that
 chain picks. So a change is a few elements, whatever the size of the cluster. Services with
-session affinity alone have chains and sets of their own, one for each endpoint.
+session affinity alone have chains and sets of their own, one for each endpoint (``nft_affinity``).
+Long, because an owner's items are one compilation: keys, endpoints and chains refer to each other.
 """
 
 from collections.abc import Iterator, Mapping
