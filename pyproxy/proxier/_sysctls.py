@@ -76,6 +76,16 @@ def wanted_hashsize(max_count: int, current: int) -> int | None:
 # --- setting them ---------------------------------------------------------------------------------
 
 
+def set_limits(conntrack: Conntrack, root: Path = Path("/")) -> tuple[str, ...]:
+    """Set the limits and times of connection tracking; return what could not be set, and why."""
+    return tuple(str(unset) for unset in apply(wanted(conntrack, count_cpus(root)), root))
+
+
+def is_tracking(root: Path = Path("/")) -> bool:
+    """Say whether the kernel tracks connections; to ask does not have it begin."""
+    return (root / SYSCTLS / MAX).exists()
+
+
 def apply(values: Mapping[str, int], root: Path = Path("/")) -> tuple[Unset, ...]:
     """Set what differs; return what could not be set."""
     return tuple(problems(values, root))

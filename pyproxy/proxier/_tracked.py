@@ -8,22 +8,15 @@ import asyncio
 import logging
 
 from pyproxy.cache import Owners
-from pyproxy.config import Config
 from pyproxy.plan import Plan
 from pyproxy.proxier import Env
 from pyproxy.proxier._around import surroundings
 from pyproxy.proxier._conntrack import Conntrack, clean
-from pyproxy.proxier._sysctls import apply, count_cpus, wanted
 from pyproxy.reconcile import Outer, Proxier
 from pyproxy.report import SyncReport
 from pyproxy.rules.flows import Pending, Review
 
 log = logging.getLogger(__name__)
-
-
-def set_limits(config: Config) -> tuple[str, ...]:
-    """Set the limits and times of connection tracking; return what could not be set, and why."""
-    return tuple(str(unset) for unset in apply(wanted(config.conntrack, count_cpus())))
 
 
 class Tracked(Outer):

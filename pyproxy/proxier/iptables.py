@@ -15,8 +15,8 @@ from pyproxy.proxier._flavour import answer_of, chosen_flavour, programs_of, tab
 from pyproxy.proxier._ipset import IpSets
 from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.proxier._iptarget import IpTarget, remove, remove_chains
-from pyproxy.proxier._sysctls import apply
-from pyproxy.proxier._tracked import Tracked, set_limits
+from pyproxy.proxier._sysctls import apply, set_limits
+from pyproxy.proxier._tracked import Tracked
 from pyproxy.reconcile import Proxier, Reconciler
 from pyproxy.rules.entries import Entry, fixed_of_iptables
 from pyproxy.rules.iptables import Ruleset, compile_owner
@@ -52,7 +52,7 @@ def settled(config: Config) -> Config:
 
 
 def prepare(config: Config) -> tuple[str, ...]:
-    unset = set_limits(config)
+    unset = set_limits(config.conntrack)
     primary_only = config.node_port_addresses == (PRIMARY,)
     if not primary_only and serves_localhost(config, node_port_cidrs(config, 4, ())):
         unset += tuple(str(problem) for problem in apply({ROUTE_LOCALNET: 1}))

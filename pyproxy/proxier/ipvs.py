@@ -31,8 +31,8 @@ from pyproxy.proxier._nfaudit import Audit, why_no_tables
 from pyproxy.proxier._nfcount import COUNTED_BESIDE
 from pyproxy.proxier._nfnetlink import NfError
 from pyproxy.proxier._nftarget import NfTarget, delete_tables
-from pyproxy.proxier._sysctls import apply
-from pyproxy.proxier._tracked import Tracked, set_limits
+from pyproxy.proxier._sysctls import apply, set_limits
+from pyproxy.proxier._tracked import Tracked
 from pyproxy.proxier._vips import RTPROT_IPVS, Vips
 from pyproxy.reconcile import Proxier, Reconciler
 from pyproxy.rules import ipvs_base
@@ -71,7 +71,7 @@ def settled(config: Config) -> Config:
 
 
 def prepare(config: Config) -> tuple[str, ...]:
-    unset = set_limits(config)
+    unset = set_limits(config.conntrack)
     sysctls = SYSCTLS | (STRICT_ARP if config.ipvs.strict_arp else {})
     seconds = (
         config.ipvs.tcp_timeout_seconds,

@@ -11,7 +11,8 @@ from pyproxy.proxier._nfaudit import Audit, why_no_tables
 from pyproxy.proxier._nfcount import COUNTED
 from pyproxy.proxier._nfnetlink import NfError
 from pyproxy.proxier._nftarget import NfTarget, delete_tables
-from pyproxy.proxier._tracked import Tracked, set_limits
+from pyproxy.proxier._sysctls import set_limits
+from pyproxy.proxier._tracked import Tracked
 from pyproxy.reconcile import Proxier, Reconciler
 from pyproxy.rules import nft_base, nft_beside
 from pyproxy.rules.entries import Entry, fixed_of_table
@@ -29,7 +30,7 @@ def settled(config: Config) -> Config:
 
 
 def prepare(config: Config) -> tuple[str, ...]:
-    return () if is_beside(config) else set_limits(config)
+    return () if is_beside(config) else set_limits(config.conntrack)
 
 
 def build(env: Env) -> Proxier:

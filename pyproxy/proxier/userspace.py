@@ -8,11 +8,12 @@ import asyncio
 import logging
 import os
 
-from pyproxy.config import Config, sync_periods, with_setting
+from pyproxy.config import Config, is_beside, sync_periods, with_setting
 from pyproxy.model import Family
 from pyproxy.proxier import Env
 from pyproxy.proxier._capture import best, risk, why_not
 from pyproxy.proxier._socketlb import Balanced
+from pyproxy.proxier._sysctls import is_tracking, set_limits
 from pyproxy.proxier._usertarget import Frontends, removed
 from pyproxy.reconcile import Proxier, Reconciler
 from pyproxy.rules.listeners import compile_owner
@@ -46,7 +47,13 @@ def settled(config: Config) -> Config:
 
 
 def prepare(config: Config) -> tuple[str, ...]:
-    return ()
+    """Set the limits of connection tracking where others need it: this mode does not."""
+    if is_beside(config):
+        return ()
+    if not is_tracking():
+        log.debug("connections are not tracked: no limits to set")
+        return ()
+    return set_limits(config.conntrack)
 
 
 def build(env: Env) -> Proxier:

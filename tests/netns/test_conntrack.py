@@ -7,6 +7,9 @@ from contextlib import ExitStack, closing
 
 import pytest
 
+from pyproxy import proxier
+from pyproxy.config import Config
+from pyproxy.config import Conntrack as Limits
 from pyproxy.model import Address, Endpoint, Frontend
 from pyproxy.plan import plan_port
 from pyproxy.proxier._conntrack import FEW, Conntrack, clean
@@ -284,3 +287,23 @@ def test_timeouts_are_set():
         assert apply({name: seconds}) == ()
         with open(f"/proc/sys/{name}") as file:
             assert file.read() == f"{seconds}\n"
+
+
+@pytest.mark.parametrize(
+    ("mode", "beside", "seconds"),
+    [
+        ("nftables", "", 7201),
+        ("iptables", "", 7201),
+        ("userspace", "", 7201),
+        ("nftables", "another", 7200),
+        ("userspace", "another", 7200),
+    ],
+)
+def test_a_mode_sets_the_limits_of_a_node_that_it_serves_alone(nat, mode, beside, seconds):
+    name = "net/netfilter/nf_conntrack_tcp_timeout_established"
+    assert apply({name: 7200}) == ()
+    limits = Limits(max_per_core=0, tcp_established_timeout_seconds=7201.0)
+    config = Config(conntrack=limits, service_proxy_name=beside)
+    assert proxier.load(mode).prepare(config) == ()
+    with open(f"/proc/sys/{name}") as file:
+        assert file.read() == f"{seconds}\n"

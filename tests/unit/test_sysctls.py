@@ -7,7 +7,9 @@ from pyproxy.proxier._sysctls import (
     Unset,
     apply,
     count_cpus,
+    is_tracking,
     max_flows,
+    set_limits,
     wanted,
     wanted_hashsize,
 )
@@ -125,6 +127,14 @@ def test_what_cannot_be_written_is_reported(root):
     put(root, "proc/sys/net/netfilter/nf_conntrack_folder/x", "")
     problems = apply({"net/netfilter/nf_conntrack_folder": 1}, root)
     assert problems == (Unset("net.netfilter.nf_conntrack_folder", 1, "Is a directory"),)
+
+
+def test_limits_are_set_where_connections_are_tracked(root, tmp_path_factory):
+    assert is_tracking(root)
+    limits = Conntrack(tcp_close_wait_timeout_seconds=0.0)
+    assert set_limits(limits, root) == ()
+    assert (root / "proc/sys" / ESTABLISHED).read_text() == "86400\n"
+    assert not is_tracking(tmp_path_factory.mktemp("untracked"))
 
 
 def test_cpus_are_those_that_are_online(tmp_path):
