@@ -193,7 +193,7 @@ class App:
             await self._listed[kind].wait()
         if self._settings.waits_for_node:
             await self._own.complete()
-        await self._host.read()
+        await self._host.read_at_last()
         ips = detect_node_ips(self._settings.config, self._own.ips)
         self._check_families(ips)
         for problem in proxier.load(self._settings.config.mode).prepare(self._settings.config):

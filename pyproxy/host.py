@@ -4,7 +4,7 @@ import asyncio
 import gc
 import logging
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from ipaddress import ip_address, ip_interface, ip_network
 
 from msgspec import Struct
@@ -54,6 +54,7 @@ class Host:
     def __init__(self, *, with_routes: bool = False) -> None:
         self._with_routes = with_routes
         self._listeners: list[Callable[[], None]] = []
+        self._is_failing = False
         self.snapshot = Snapshot()
 
     def on_change(self, listener: Callable[[], None]) -> None:
@@ -67,8 +68,15 @@ class Host:
             for listener in self._listeners:
                 listener()
 
+    async def read_at_last(self) -> None:
+        """Do as ``read``, and where that fails again."""
+        await self._at_last(self.read)
+
     async def follow(self) -> None:
         """Read again, for ever, when the kernel says that something changed."""
+        await self._at_last(self._follow)
+
+    async def _follow(self) -> None:
         loop = asyncio.get_running_loop()
         groups = GROUPS | (ROUTE_GROUPS if self._with_routes else 0)
         changed = asyncio.Event()
@@ -78,31 +86,34 @@ class Host:
             loop.add_reader(events.fileno(), drain, events, changed)
             try:
                 while True:
-                    await self._read_at_last()
+                    await self.read_at_last()
                     await changed.wait()
                     await asyncio.sleep(SETTLE_SECONDS)
                     changed.clear()
             finally:
                 loop.remove_reader(events.fileno())
 
-    async def _read_at_last(self) -> None:
-        """Read, and where that fails again: file descriptors may be free by then."""
-        is_told = False
-        while not await self._could_read(tell=not is_told):
-            is_told = True
+    async def _at_last(self, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Attempt it until it does not fail: file descriptors may be free by then."""
+        while True:
+            try:
+                await attempt()
+            except OSError as error:
+                self._tell(str(error))
+            else:
+                self._tell(None)
+                return
             gc.collect(YOUNG)  # pyroute2 leaves the sockets of a failed attempt to the collector
             await asyncio.sleep(RETRY_SECONDS)
-        if is_told:
-            log.info("interfaces are read again")
 
-    async def _could_read(self, *, tell: bool) -> bool:
-        try:
-            await self.read()
-        except OSError as error:
-            if tell:
-                log.warning("interfaces cannot be read", extra={"error": str(error)})
-            return False
-        return True
+    def _tell(self, failure: str | None) -> None:
+        """Log when reading begins to fail, and when it is over."""
+        before, self._is_failing = self._is_failing, failure is not None
+        if failure is not None and not before:
+            fields = {"error": failure, "retry_seconds": RETRY_SECONDS}
+            log.warning("interfaces cannot be read", extra=fields)
+        elif before and failure is None:
+            log.info("interfaces are read again")
 
 
 def drain(events: socket.socket, changed: asyncio.Event) -> None:

@@ -1,6 +1,8 @@
 """A whole proxy on loopback: what it does at start, while it runs, and at the end."""
 
 import asyncio
+import errno
+import os
 import signal
 import socket
 from contextlib import asynccontextmanager
@@ -9,7 +11,7 @@ from tempfile import mkdtemp
 import pytest
 from msgspec import structs
 
-from pyproxy import own_node
+from pyproxy import host, own_node
 from pyproxy.app import App, Fatal, Settings
 from pyproxy.commands._ask import Daemon
 from pyproxy.config import Config, Userspace
@@ -17,6 +19,7 @@ from pyproxy.demo.expect import Reply
 from pyproxy.demo.traffic import ask, http_status, serve
 from pyproxy.explain import Explanation
 from pyproxy.feeds import ManifestFeed
+from pyproxy.host import Snapshot
 from pyproxy.manifests.source import ManifestSource
 from pyproxy.metrics import Metrics
 from pyproxy.model import Address, Endpoint, Node, Replace, Upsert
@@ -128,6 +131,26 @@ async def test_it_serves_what_the_feed_tells_and_ends_in_peace_at_a_signal():
         assert await ask(opened(), front) == Reply("refused")
     assert feed.is_closed
     assert feed.events == [("Starting", "", False)]
+
+
+async def test_it_begins_once_the_interfaces_can_be_read(monkeypatch, caplog):
+    looks = []
+
+    def snapshot(*, with_routes):
+        looks.append(with_routes)
+        if len(looks) < 4:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return Snapshot()
+
+    monkeypatch.setattr(host, "snapshot", snapshot)
+    monkeypatch.setattr(host, "RETRY_SECONDS", POLL_SECONDS)
+    front = Address(VIP, free_port())
+    async with pod() as backend:
+        feed = FakeFeed(*web(backend, front.port), Replace("Node", (HERE,)))
+        async with running(Proxy(feed)):
+            await until(lambda: ask(opened(), front), Reply("ok", "pod-1", "127.0.0.1"))
+    told = [r.error for r in caplog.records if r.message == "interfaces cannot be read"]
+    assert told == ["[Errno 24] Too many open files"]
 
 
 async def test_what_it_knows_from_the_disk_only_is_told_as_old_until_it_is_listed(tmp_path):

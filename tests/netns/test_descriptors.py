@@ -91,6 +91,24 @@ async def test_a_change_of_interfaces_is_seen_later(later, caplog):
     assert warned(caplog, "interfaces cannot be read") == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_interfaces_are_read_later_from_the_start(caplog):
+    caplog.set_level("INFO")
+    host = Host()
+    async with asyncio.TaskGroup() as tasks:
+        with no_descriptor_left():
+            following = tasks.create_task(host.follow())
+            reading = tasks.create_task(host.read_at_last())
+            await until(lambda: warned(caplog, "interfaces cannot be read"))
+            await asyncio.sleep(0.5)
+            assert host.snapshot.addresses == frozenset()
+        await reading
+        following.cancel()
+    assert "192.0.2.11" in host.snapshot.ips(4)
+    assert warned(caplog, "interfaces cannot be read") == 1
+    assert warned(caplog, "interfaces are read again") == 1
+
+
 async def test_rules_are_audited_later(caplog):
     asked = []
     settled = asyncio.Event()
