@@ -15,7 +15,7 @@ import errno
 import logging
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from math import ceil
 from socket import IPPROTO_IP, IPPROTO_IPV6, SocketType
@@ -49,7 +49,7 @@ RULE_PRIORITY = 97
 PROTOCOL = 97  # the routing protocol of what is made here; routes to Service addresses have 98
 
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
-RTM_NEWRULE, RTM_DELRULE = 32, 33
+RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 RTN_LOCAL, RT_SCOPE_HOST, FR_ACT_TO_TABLE = 2, 254, 1
 RTA_DST, RTA_OIF, RTA_TABLE = 1, 4, 15
 FRA_PRIORITY, FRA_FWMARK, FRA_TABLE, FRA_FWMASK, FRA_PROTOCOL = 6, 10, 15, 16, 21
@@ -218,19 +218,17 @@ def install(family: Family, netlink: Netlink) -> None:
         if code not in (0, errno.EEXIST):
             remove(family)
             raise OSError(code, errno.errorcode.get(code, "unknown error"))
+    others = [body for body in rules_there(family, netlink) if not is_current(body)]
+    netlink.carry_out([Message(RTM_DELRULE, 0, body) for body in others])
 
 
 def remove(family: Family) -> str | None:
     """Remove everything that ``install`` makes; return what went wrong."""
-    netlink = Netlink()
-    try:
-        codes = netlink.carry_out(
-            [Message(RTM_DELRULE, 0, rule(family)), Message(RTM_DELROUTE, 0, route(family))]
-        )
-    finally:
-        netlink.close()
+    with closing(Netlink()) as netlink:
+        requests = [Message(RTM_DELRULE, 0, body) for body in rules_there(family, netlink)]
+        codes = netlink.carry_out([*requests, Message(RTM_DELROUTE, 0, route(family))])
     problems = [errno.errorcode.get(c, str(c)) for c in codes if c not in (0, *NOT_THERE)]
-    if codes[0] == 0:
+    if 0 in codes[:-1]:
         forget(family)
     try:
         nf_tables = NfTables()
@@ -279,6 +277,31 @@ def rule(family: Family) -> bytes:
     body += attribute(FRA_FWMARK, struct.pack("=I", MARK))
     body += attribute(FRA_FWMASK, struct.pack("=I", MARK))
     return body + attribute(FRA_PROTOCOL, bytes([PROTOCOL]))
+
+
+def rules_there(family: Family, netlink: Netlink) -> list[bytes]:
+    """Return the rules that lead to our table, whichever version of this made them."""
+    start = ROUTE.pack(address_family(family), *[0] * 8)
+    ours = {FRA_PROTOCOL: bytes([PROTOCOL]), FRA_TABLE: struct.pack("=I", ROUTES)}
+    try:
+        return [b for b in netlink.dump(RTM_GETRULE, start) if has(b, ours)]
+    except OSError:
+        return []  # a kernel without rules, or without this family
+
+
+def is_current(body: bytes) -> bool:
+    return has(
+        body,
+        {
+            FRA_PRIORITY: struct.pack("=I", RULE_PRIORITY),
+            FRA_FWMARK: struct.pack("=I", MARK),
+            FRA_FWMASK: struct.pack("=I", MARK),
+        },
+    )
+
+
+def has(body: bytes, wanted: Mapping[int, bytes]) -> bool:
+    return wanted.items() <= dict(attributes(body, ROUTE.size)).items()
 
 
 def route(family: Family) -> bytes:

@@ -150,6 +150,41 @@ async def test_nothing_is_left_of_it_when_the_mode_is_cleared():
     assert rules_there() == (False, False)
 
 
+def rules(family):
+    return subprocess.check_output(["ip", f"-{family}", "rule"], text=True)
+
+
+OLD, OTHERS = "0x2000/0x2000", "0x3000/0x3000"
+
+
+def rule(change, family, mark, table, *words):
+    done("ip", f"-{family}", "rule", change, "fwmark", mark, "table", str(table), *words)
+
+
+@pytest.fixture
+def old_rule(family):
+    """The rule of an older version, beside rules of others."""
+    rule("add", family, OLD, _transparent.ROUTES, "priority", "97", "protocol", "97")
+    rule("add", family, OTHERS, _transparent.ROUTES, "priority", "96")
+    rule("add", family, OTHERS, 77, "priority", "97", "protocol", "97")
+    yield
+    for table in (_transparent.ROUTES, 77):
+        rule("del", family, OTHERS, table)
+
+
+@both
+async def test_a_start_removes_the_rule_of_an_older_version(family, old_rule):
+    async with proxied(family):
+        listed = rules(family)
+        assert [listed.count(mark) for mark in ("0x1000/0x1000", OLD, OTHERS)] == [1, 0, 2]
+
+
+@both
+async def test_cleaning_up_removes_the_rule_of_an_older_version(family, old_rule):
+    assert _transparent.remove(family) is None
+    assert [rules(family).count(mark) for mark in (OLD, OTHERS)] == [0, 2]
+
+
 def rules_there():
     listed = subprocess.check_output(["ip", "rule"], text=True)
     nf_tables = NfTables()
