@@ -28,6 +28,7 @@ from pyproxy.proxier._vips import (
     RTM_NEWRULE,
     RULE_PRIORITY,
 )
+from pyproxy.reconcile import Difference
 
 PRIORITY, BEYOND = RULE_PRIORITY - 1, RULE_PRIORITY + 1
 FR_ACT_GOTO, FR_ACT_NOP = 2, 3
@@ -56,18 +57,20 @@ class Bypass:
         self._mark = mark
         self._netlink = netlink
         self._there: set[Past] | None = None  # None: to be asked for
+        self._has_landing = False
 
     def put(
         self, frontends: Collection[Frontend], pods: Iterable[Network]
     ) -> Mapping[Frontend, str]:
         """Let these frontends and no others be gone past; return why not, where it cannot be."""
         if self._there is None:
-            self._there = self.listed()
+            self._there, self._has_landing = self._listed()
         own = [pod for pod in pods if pod.version == self._version]
         wanted = {Past(f, senders) for f in frontends for senders in (None, *own)}
         new, old = sorted(wanted - self._there, key=str), sorted(self._there - wanted, key=str)
-        if new and not self._there:
+        if wanted and not self._has_landing:
             self._netlink.carry_out([self._landing(RTM_NEWRULE)])
+            self._has_landing = True
         codes = self._netlink.carry_out([self._rule(RTM_NEWRULE, past) for past in new])
         self._netlink.carry_out([self._rule(RTM_DELRULE, past) for past in old])
         failed = {
@@ -76,8 +79,9 @@ class Bypass:
             if code not in (0, errno.EEXIST)
         }
         self._there = wanted - failed.keys()
-        if old and not self._there:
+        if self._has_landing and not self._there:
             self._netlink.carry_out([self._landing(RTM_DELRULE)])
+            self._has_landing = False
         return {
             past.frontend: f"cannot lead pods past {past.frontend.ip}: {os.strerror(code)}"
             for past, code in failed.items()
@@ -85,16 +89,34 @@ class Bypass:
 
     def clear(self) -> None:
         """Remove all rules, also those of an earlier process. Raises ``OSError``."""
-        self._there = self.listed()
+        self.renew()
         self.put((), ())
 
-    def listed(self) -> set[Past]:
-        """Return what our rules lead past. Raises ``OSError``."""
+    def renew(self) -> None:
+        """Take note that others have changed rules: the next ``put`` looks which there are."""
+        self._there = None
+
+    def lost(self) -> list[Difference]:
+        """Return the rules of ours that others have removed. Raises ``OSError``."""
+        if not self._there:
+            return []
+        there, has_landing = self._listed()
+        lost = [f"rule past {past.frontend}" for past in sorted(self._there - there, key=str)]
+        if not has_landing:
+            lost.append("rule that is gone past to")
+        return [Difference(entry, "a rule of ours", None) for entry in lost]
+
+    def _listed(self) -> tuple[set[Past], bool]:
+        """Return what our rules lead past, and whether the rule that they jump to is there."""
         found: set[Past] = set()
+        has_landing = False
         for body in self._netlink.dump(RTM_GETRULE, ROUTE.pack(self._family, *[0] * 8)):
-            _family, _to, bits, *_rest = ROUTE.unpack_from(body)
+            _family, _to, bits, _tos, _table, _res, _res, action, _flags = ROUTE.unpack_from(body)
             values = dict(attributes(body, ROUTE.size))
-            if values.get(FRA_PROTOCOL) == bytes([self._mark]) and FRA_GOTO in values:
+            if values.get(FRA_PROTOCOL) != bytes([self._mark]):
+                continue
+            has_landing = has_landing or action == FR_ACT_NOP
+            if FRA_GOTO in values:
                 port = struct.unpack_from("=H", values[FRA_DPORT_RANGE])[0]
                 proto = NAMES[values[FRA_IP_PROTO][0]]
                 ip = socket.inet_ntop(self._family, values[FRA_DST])
@@ -103,7 +125,7 @@ class Bypass:
                     source = socket.inet_ntop(self._family, values[FRA_SRC])
                     senders = ip_network(f"{source}/{bits}")
                 found.add(Past(Frontend(ip, port, proto), senders))
-        return found
+        return found, has_landing
 
     def _rule(self, kind: int, past: Past) -> Message:
         (ip, port, proto), senders = past

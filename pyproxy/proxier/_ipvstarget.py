@@ -403,7 +403,7 @@ def delete_all(family: Family) -> None:
     """Delete our virtual servers and routes, whichever process made them."""
     vips = Vips(family, None, mark=RTPROT_IPVS)
     try:
-        vips.remove(vips.listed())
+        vips.clear()
     finally:
         vips.close()
     try:

@@ -16,7 +16,7 @@ import logging
 import socket
 import struct
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from math import ceil
 from socket import IPPROTO_IP, IPPROTO_IPV6, SocketType
 from typing import NamedTuple
@@ -36,6 +36,7 @@ from pyproxy.proxier._nfpack import delete_table, new_table
 from pyproxy.proxier._nfwhole import Whole
 from pyproxy.proxier._sockdiag import forget_waiting
 from pyproxy.proxier._sockets import OPTIONS
+from pyproxy.reconcile import Difference
 from pyproxy.rules.listeners import Surroundings, origin_of
 from pyproxy.rules.nft import Chain, Hook, MatchTransparent, Rule, SetMark, Table
 from pyproxy.rules.tproxy import AFTER_DSTNAT
@@ -45,6 +46,7 @@ CHAIN = Chain("prerouting", Hook("filter", "prerouting", AFTER_DSTNAT))
 MARK = 0x1000  # 0x2000 is CNI's plugin portmap, 0x4000 and 0x8000 are Kubernetes'
 IP_BIND_ADDRESS_NO_PORT = 24
 ROUTES = 98 << 24 | 1  # a routing table of our own
+TABLE = struct.pack("=I", ROUTES)
 RULE_PRIORITY = 97
 PROTOCOL = 97  # the routing protocol of what is made here; routes to Service addresses have 98
 
@@ -112,6 +114,22 @@ class Transparent:
         if not self.is_on or self._udp_seconds is None:
             return []
         return [whole(self._family), *([self._lifted(self._udp_seconds)] if self._lifts else ())]
+
+    def lost(self) -> list[Difference]:
+        """Return what others have removed of the way that answers take. Raises ``OSError``."""
+        if self._netlink is None or self._udp_seconds is None:
+            return []
+        there = {
+            "routing rule for answers": any(
+                map(is_current, rules_there(self._family, self._netlink))
+            ),
+            "local route for answers": has_route(self._family, self._netlink),
+        }
+        return [
+            Difference(what, "one of ours", None)
+            for what, is_there in there.items()
+            if not is_there
+        ]
 
     def renew(self) -> None:
         if self._netlink is not None and self._udp_seconds is not None:
@@ -225,7 +243,9 @@ def install(family: Family, netlink: Netlink) -> None:
 def remove(family: Family) -> str | None:
     """Remove everything that ``install`` makes; return what went wrong."""
     with closing(Netlink()) as netlink:
-        requests = [Message(RTM_DELRULE, 0, body) for body in rules_there(family, netlink)]
+        requests = []
+        with suppress(OSError):  # a kernel without rules, or without this family
+            requests = [Message(RTM_DELRULE, 0, body) for body in rules_there(family, netlink)]
         codes = netlink.carry_out([*requests, Message(RTM_DELROUTE, 0, route(family))])
     problems = [errno.errorcode.get(c, str(c)) for c in codes if c not in (0, *NOT_THERE)]
     if 0 in codes[:-1]:
@@ -273,20 +293,27 @@ def nf_table(family: Family) -> Table:
 def rule(family: Family) -> bytes:
     body = ROUTE.pack(address_family(family), 0, 0, 0, 0, 0, 0, FR_ACT_TO_TABLE, 0)
     body += attribute(FRA_PRIORITY, struct.pack("=I", RULE_PRIORITY))
-    body += attribute(FRA_TABLE, struct.pack("=I", ROUTES))
+    body += attribute(FRA_TABLE, TABLE)
     body += attribute(FRA_FWMARK, struct.pack("=I", MARK))
     body += attribute(FRA_FWMASK, struct.pack("=I", MARK))
     return body + attribute(FRA_PROTOCOL, bytes([PROTOCOL]))
 
 
 def rules_there(family: Family, netlink: Netlink) -> list[bytes]:
-    """Return the rules that lead to our table, whichever version of this made them."""
+    """Return the rules that lead to our table, whichever version of this made them.
+
+    Raises ``OSError``.
+    """
     start = ROUTE.pack(address_family(family), *[0] * 8)
-    ours = {FRA_PROTOCOL: bytes([PROTOCOL]), FRA_TABLE: struct.pack("=I", ROUTES)}
-    try:
-        return [b for b in netlink.dump(RTM_GETRULE, start) if has(b, ours)]
-    except OSError:
-        return []  # a kernel without rules, or without this family
+    ours = {FRA_PROTOCOL: bytes([PROTOCOL]), FRA_TABLE: TABLE}
+    return [body for body in netlink.dump(RTM_GETRULE, start) if has(body, ours)]
+
+
+def has_route(family: Family, netlink: Netlink) -> bool:
+    """Say whether our table has its route. Raises ``OSError``."""
+    start = ROUTE.pack(address_family(family), 0, 0, 0, 0, PROTOCOL, 0, 0, 0)
+    found = [has(body, {RTA_TABLE: TABLE}) for body in netlink.dump(RTM_GETROUTE, start)]
+    return any(found)
 
 
 def is_current(body: bytes) -> bool:
@@ -307,7 +334,7 @@ def has(body: bytes, wanted: Mapping[int, bytes]) -> bool:
 def route(family: Family) -> bytes:
     scope = RT_SCOPE_HOST if family == 4 else 0
     body = ROUTE.pack(address_family(family), 0, 0, 0, 0, PROTOCOL, scope, RTN_LOCAL, 0)
-    body += attribute(RTA_TABLE, struct.pack("=I", ROUTES))
+    body += attribute(RTA_TABLE, TABLE)
     return body + attribute(RTA_OIF, struct.pack("=I", socket.if_nametoindex("lo")))
 
 

@@ -30,6 +30,7 @@ from pyproxy.proxier._socketlb_site import remove_pins
 from pyproxy.proxier._sockets import Shared
 from pyproxy.proxier._succession import Succession, meeting_place
 from pyproxy.proxier._tproxy import ByRules, remove_rules
+from pyproxy.proxier._transparent import Transparent
 from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
 from pyproxy.proxier._way import Capture
 from pyproxy.reconcile import ApplyError, Difference
@@ -98,10 +99,13 @@ class Frontends:
             self._crew.start(workers, env.tasks, self._place, manner, env.config.logging)
         try:
             before, self._local = self._local, self._vips.listed()
+            rules = self._lost_rules()
         except OSError as error:
             raise ApplyError(f"cannot list local routes: {error.strerror}") from error
-        if lost := before - self._local:
-            self._env.drifted("local", len(lost), "somebody")
+        for part in self._ruled() if rules else ():
+            part.renew()
+        if lost := len(before - self._local) + len(rules):
+            self._env.drifted("local", lost, "somebody")
         for table, count in (await renewed(self._tabled())).items():
             self._env.drifted(table, count, "somebody")
         return self._fronts.listeners()
@@ -142,27 +146,21 @@ class Frontends:
             await asyncio.to_thread(tell_leftovers, self._env.family, ANOTHER_SERVES)
         return refused
 
-    def has_lost_routes(self) -> bool:
-        """Say whether others removed routes of ours; no, where nobody can tell."""
+    async def has_lost(self) -> bool:
+        """Say whether others changed routes, rules or tables of ours; no, where nobody can tell."""
         if self._vips is None:
             return False
         try:
-            return not self._local <= self._vips.listed()
-        except OSError:
+            lost = not self._local <= self._vips.listed() or bool(self._lost_rules())
+            return lost or bool(await changed_tables(self._tabled()))
+        except (OSError, ApplyError):
             return False  # the next sync will say so
-
-    async def has_changed_tables(self) -> bool:
-        """Say whether others changed tables of ours; no, where nobody can tell."""
-        try:
-            return bool(await changed_tables(self._tabled()))
-        except ApplyError:
-            return False
 
     async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
         """Look at our sockets, the kernel's local routes, and our tables. Raises ``ApplyError``."""
         assert self._vips is not None, "what was written was adopted before"
         try:
-            listed = self._vips.listed()
+            listed, rules = self._vips.listed(), self._lost_rules()
         except OSError as error:
             raise ApplyError(f"cannot list local routes: {error.strerror}") from error
         found = [d for f, listener in wanted.items() for d in self._fronts.differing(f, listener)]
@@ -170,7 +168,7 @@ class Frontends:
         missing = self._wanted(f for f in wanted if f in held).keys() - listed
         lost = [Difference(f"local route {vip.ip}", "a route of ours", None) for vip in missing]
         tables = (await changed_tables(self._tabled())).values()
-        return (*found, *lost, *(difference for table in tables for difference in table))
+        return (*found, *lost, *rules, *(difference for table in tables for difference in table))
 
     async def counters(self, *, by_endpoint: bool) -> tuple[Entry[Frontend], ...]:
         """Return what our sockets have carried; the kernel balances others without telling.
@@ -252,6 +250,17 @@ class Frontends:
         by_rules = capture if isinstance(capture, ByRules) else None
         parts = (by_rules, self._plane.transparent, self._refusals)
         return [part for part in parts if part is not None]
+
+    def _ruled(self) -> list[Bypass | Transparent]:
+        """Return who has rules of policy routing; nobody while they may be a successor's."""
+        if not self._plane.is_open or self._succession.is_near:
+            return []
+        parts = (self._bypass, self._plane.transparent)
+        return [part for part in parts if part is not None]
+
+    def _lost_rules(self) -> list[Difference]:
+        """Return what others removed of our policy routing. Raises ``OSError``."""
+        return [difference for part in self._ruled() for difference in part.lost()]
 
     def _commit(self) -> None:
         try:
@@ -365,7 +374,7 @@ def removed(family: Family) -> str | None:
     routes = Vips(family, None)
     try:
         remove_pins(family)
-        left = routes.remove(routes.listed())
+        left = routes.clear()
         Bypass(family, RTPROT_PYPROXY, routes.netlink).clear()
     except OSError as error:
         return f"cannot remove local routes and programs: {error}"

@@ -91,8 +91,20 @@ class Vips:
         self.netlink.close()
 
     def listed(self) -> set[Vip]:
-        """Return what our routes lead here, whichever process made them. Raises ``OSError``."""
+        """Return what our routes lead here, whichever process made them. Raises ``OSError``.
+
+        A route in a table that no rule leads to does not.
+        """
         self._rules = self._listed_rules()
+        led = {RT_TABLE_LOCAL, *self._rules}
+        return {vip for vip in self._routed() if vip.table in led}
+
+    def clear(self) -> Mapping[Vip, str]:
+        """Remove all our routes and rules; return why not. Raises ``OSError``."""
+        self._rules = self._listed_rules()
+        return self.remove(self._routed())
+
+    def _routed(self) -> set[Vip]:
         found: set[Vip] = set()
         for body in self.netlink.dump(RTM_GETROUTE, self._header(0)):
             _family, bits, _src, _tos, table, protocol, *_rest = ROUTE.unpack_from(body)

@@ -73,9 +73,9 @@ async def cleanup(family: Family, _config: Config, *, ours: bool = True) -> str 
 
 
 async def watch(frontends: Frontends, env: Env) -> None:
-    """Have local routes and tables made again that others removed, for ever."""
+    """Have routes, routing rules and tables made again that others removed, for ever."""
     period, _ = sync_periods(env.config, "userspace")
     while True:
         await asyncio.sleep(period)
-        if frontends.has_lost_routes() or await frontends.has_changed_tables():
+        if await frontends.has_lost():
             env.resync()
