@@ -1,6 +1,7 @@
 """What a mode would make of the objects in manifest files, as text: for people, nothing is written.
 
-Offline, the node has the addresses that its manifest gives it, and no others.
+Offline, the node has the addresses that its manifest gives it, those that a setting names, and
+no others.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pyproxy.config import (
     node_port_cidrs,
     with_mode,
 )
-from pyproxy.ip import parse_network
+from pyproxy.ip import is_loopback, parse_network
 from pyproxy.manifests.objects import Documents, Fault
 from pyproxy.manifests.resolve import Memory, Resolved, resolve
 from pyproxy.manifests.resolve import Settings as ManifestSettings
@@ -34,7 +35,6 @@ from pyproxy.model import (
     ApiObject,
     Family,
     Kind,
-    Network,
     Node,
     PortPlan,
     ServiceCIDR,
@@ -55,6 +55,7 @@ from pyproxy.rules import (
 )
 from pyproxy.rules import ipvs_text as ipvs_file
 from pyproxy.rules.entries import Entry, entries, fixed_of_iptables, fixed_of_table
+from pyproxy.rules.iptables_base import has_localhost
 from pyproxy.rules.listeners_text import treatments
 from pyproxy.rules.nft_affinity import Content
 from pyproxy.rules.nftables import Item, Ruleset, compile_owner
@@ -233,7 +234,7 @@ def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]
         if isinstance(obj, ServiceCIDR)
         for cidr in obj.cidrs
     }
-    own = node.ips if settings.own_ips is None else settings.own_ips
+    own = assumed_ips(config, node) if settings.own_ips is None else settings.own_ips
     return tuple(
         Scene(
             family,
@@ -246,6 +247,13 @@ def scenes(mode: str, objects: Objects, settings: Settings) -> tuple[Scene, ...]
         )
         for family in settings.families
     )
+
+
+def assumed_ips(config: Config, node: Node) -> frozenset[str]:
+    """Return the addresses of a node that nobody asks: also those that a setting names."""
+    ranges = [n for family in FAMILIES for n in node_port_cidrs(config, family, node.ips) or ()]
+    named = {str(n.network_address) for n in ranges if n.num_addresses == 1}
+    return frozenset({*node.ips, *named, "127.0.0.1"})
 
 
 def by_owner(plan: Plan) -> list[PortPlan]:
@@ -285,24 +293,25 @@ def nft_table_base(scene: Scene) -> nft_file.Base:
 
 def nft_ruleset(scene: Scene) -> Ruleset:
     config, family = scene.config, scene.family
-    ranges = node_port_cidrs(config, family, scene.node.ips)
     block = config.nftables if config.mode == "nftables" else config.iptables
     return Ruleset(
         family=family,
         mark=1 << block.masquerade_bit,
         pods=local_pods(config, family, scene.node, "*"),
         masquerade_all=masquerade_all(config, config.mode),
-        node_port_ips=None if ranges is None else serving(scene, ranges),
+        node_port_ips=serving(scene),
         service_cidrs=() if is_beside(config) else networks_of(scene.service_cidrs, family),
         service_metrics=config.service_metrics,
     )
 
 
-def serving(scene: Scene, ranges: Sequence[Network]) -> tuple[str, ...]:
-    """Return the addresses that serve node ports: the node's, and any that is named by itself."""
-    inside = {ip for ip in scene.own_ips if any(ip_address(ip) in network for network in ranges)}
-    single = {str(n.network_address) for n in ranges if n.num_addresses == 1}
-    return tuple(sorted(ip for ip in inside | single if not ip_address(ip).is_loopback))
+def serving(scene: Scene, *, loopback: bool = False) -> tuple[str, ...] | None:
+    """Return the node's addresses that serve node ports, in order; None is every one it has."""
+    ranges = node_port_cidrs(scene.config, scene.family, scene.node.ips)
+    if ranges is None:
+        return None
+    inside = (ip for ip in scene.own_ips if any(ip_address(ip) in network for network in ranges))
+    return tuple(sorted(ip for ip in inside if loopback or not is_loopback(ip)))
 
 
 def iptables_text(found: Iterable[Scene]) -> str:
@@ -320,13 +329,13 @@ def iptables_text(found: Iterable[Scene]) -> str:
 def iptables_ruleset(scene: Scene) -> iptables.Ruleset:
     config, family = scene.config, scene.family
     ranges = node_port_cidrs(config, family, scene.node.ips)
-    localhost = family == 4 and ranges is None and config.iptables.localhost_node_ports
+    localhost = family == 4 and config.iptables.localhost_node_ports and has_localhost(ranges)
     return iptables.Ruleset(
         family=family,
         mark=1 << config.iptables.masquerade_bit,
         pods=local_pods(config, family, scene.node, "+"),
         masquerade_all=masquerade_all(config, "iptables"),
-        node_port_ips=None if ranges is None else serving(scene, ranges),
+        node_port_ips=serving(scene, loopback=localhost),
         localhost_node_ports=localhost,
         commented=scene.commented,
     )
@@ -347,11 +356,10 @@ def ipvs_text(found: Iterable[Scene]) -> str:
 
 
 def ipvs_ruleset(scene: Scene) -> ipvs.Ruleset:
-    config, family = scene.config, scene.family
-    ranges = node_port_cidrs(config, family, scene.node.ips) or ()
-    addresses = map(ip_address, sorted(scene.own_ips))
-    own = tuple(str(ip) for ip in addresses if not (ip.is_loopback or ip.is_link_local))
-    node_ips = serving(scene, ranges) if ranges else own
+    config = scene.config
+    found = serving(scene)
+    addresses = map(ip_address, sorted(scene.own_ips) if found is None else found)
+    node_ips = tuple(str(ip) for ip in addresses if not (ip.is_loopback or ip.is_link_local))
     table = replace(nft_ruleset(scene), node_port_ips=node_ips)
     return ipvs.Ruleset(table, node_ips, config.ipvs.scheduler or ipvs.FALLBACK)
 

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 
 from pyproxy.config import PRIMARY, Config, masquerade_all, node_port_cidrs
@@ -20,7 +19,7 @@ from pyproxy.proxier._tracked import Tracked
 from pyproxy.reconcile import Proxier, Reconciler
 from pyproxy.rules.entries import Entry, fixed_of_iptables
 from pyproxy.rules.iptables import Ruleset, compile_owner
-from pyproxy.rules.iptables_base import INVALID_DROPPED, LOCALHOST_ACCEPTED, TABLES
+from pyproxy.rules.iptables_base import INVALID_DROPPED, LOCALHOST_ACCEPTED, TABLES, has_localhost
 from pyproxy.rules.iptables_text import is_ours
 
 ROUTE_LOCALNET = "net/ipv4/conf/all/route_localnet"
@@ -134,13 +133,7 @@ def ruleset_for(env: Env) -> Ruleset:
 
 def serves_localhost(config: Config, ranges: tuple[Network, ...] | None) -> bool:
     """Say whether node ports answer on loopback addresses of IPv4."""
-    if not config.iptables.localhost_node_ports:
-        return False
-    loopback = ip_address("127.0.0.0")
-    return ranges is None or any(
-        network.version == 4 and (network.network_address.is_loopback or loopback in network)
-        for network in ranges
-    )
+    return config.iptables.localhost_node_ports and has_localhost(ranges)
 
 
 def is_liberal() -> bool:

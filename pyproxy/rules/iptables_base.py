@@ -1,8 +1,10 @@
 """The fixed part of the iptables rules: what is there without any Service."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_network
 from typing import NamedTuple
 
+from pyproxy.model import Network
 from pyproxy.rules.iptables import (
     CLUSTER_IPS,
     EXTERNAL,
@@ -21,6 +23,7 @@ FORWARD = "KUBE-FORWARD"
 CANARY = "KUBE-PROXY-CANARY"
 HOST_FIREWALL = "KUBE-FIREWALL"  # shared with kubelet: never flushed, never deleted
 LOOPBACK = "127.0.0.0/8"
+LOOPBACK_NETWORK = ip_network(LOOPBACK)
 TABLES = ("filter", "nat", "mangle")
 # Objects of the kernel that count packets; kube-proxy's names.
 INVALID_DROPPED, LOCALHOST_ACCEPTED = "ct_state_invalid_dropped_pkts", "localhost_nps_accepted_pkts"
@@ -71,6 +74,11 @@ ANTI_SPOOF = (
 
 def jumps(ruleset: Ruleset) -> tuple[Jump, ...]:
     return JUMPS + HOST_JUMPS if ruleset.localhost_node_ports else JUMPS
+
+
+def has_localhost(ranges: Iterable[Network] | None) -> bool:
+    """Say whether these ranges of node ports' addresses, None for all, have any in 127.0.0.0/8."""
+    return ranges is None or any(n.version == 4 and n.overlaps(LOOPBACK_NETWORK) for n in ranges)
 
 
 def fixed_chains(ruleset: Ruleset) -> Mapping[Place, tuple[tuple[str, ...], tuple[str, ...]]]:

@@ -1,11 +1,22 @@
 """``explain`` and real traffic agree, in each mode; the other commands against a real daemon."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+
+from pyproxy import proxier
+from pyproxy.commands.diff import own_ips
+from pyproxy.config import Config, IPTables, with_mode
+from pyproxy.host import Host
+from pyproxy.model import Node
+from pyproxy.process import SystemClock
+from pyproxy.render import Settings, entries_of
+from pyproxy.written import EntryRow
+from tests.netns.standin import NODE_IP
 
 pytestmark = pytest.mark.root
 
@@ -144,3 +155,33 @@ def test_the_page_of_the_commands_shows_what_they_say_now():
     if b"Unavailable" in output and not os.environ.get("CI"):
         pytest.skip(output.decode().strip().splitlines()[-1])
     assert (process.returncode, output) == (0, b""), "make commands rewrites it"
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("localhost", [True, False])
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        pytest.param((), id="all"),
+        pytest.param(("primary",), id="the primary"),
+        pytest.param(("127.0.0.0/8", "::1/128"), id="loopback only"),
+        pytest.param(("192.0.2.0/24", "127.0.0.1/32", "fd00:c0de::/64"), id="and loopback"),
+        pytest.param(("198.18.0.1/32", "2001:db8::1/128"), id="one that the node has not"),
+        pytest.param(("192.0.2.11/32", "fd00:c0de::11/128", "fe80::/10"), id="and of a link"),
+    ],
+)
+@pytest.mark.parametrize("mode", [*MODES, "ipvs"])
+async def test_files_give_the_fixed_part_that_the_mode_has(mode, ranges, localhost, family):
+    host = Host()
+    await host.read()
+    iptables = IPTables(localhost_node_ports=localhost)
+    config = with_mode(Config(node_port_addresses=ranges, iptables=iptables), mode)
+    node = Node("here", ips=(NODE_IP, "fd00:c0de::11"))
+    async with asyncio.TaskGroup() as tasks:
+        env = proxier.Env(
+            family, config, SystemClock(), tasks, host, node, node.ips, lambda proto, result: None
+        )
+        has = [EntryRow(*entry) for entry in proxier.load(mode).fixed(env)]
+    settings = Settings("here", config, (family,), own_ips=await own_ips())
+    (would_have,) = entries_of(mode, {"Node": [node]}, settings).families
+    assert list(would_have.entries) == has

@@ -90,7 +90,8 @@ def with_settings(mode, **changes):
         found = replace(getattr(settings.config, block), masquerade_bit=bit)
         changes[block] = found
     config = replace(settings.config, **changes)
-    made = replace(settings, config=config, families=(4,), own_ips=frozenset({"192.0.2.11"}))
+    own = frozenset({"192.0.2.11", "192.0.2.12"})
+    made = replace(settings, config=config, families=(4,), own_ips=own)
     return entries_of(mode, scenario.objects, made)
 
 
