@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -87,6 +89,8 @@ class Succession:
         except OSError as error:
             reason = f"{self._handover.path}: {error.strerror}"
             log.info("no successor will be able to take over", extra={"reason": reason})
+        else:
+            await asyncio.to_thread(remove_abandoned, self._handover.path)
 
     async def wait(self, seconds: float) -> None:
         """Return when a successor has taken over, or after so long."""
@@ -150,6 +154,41 @@ def meeting_place(folder: str, family: Family) -> Path:
         place = Path(own, "pyproxy") if own else Path(f"/tmp/pyproxy-{os.geteuid()}")
     namespace = os.stat("/proc/self/ns/net").st_ino
     return place / f"userspace-ipv{family}-{namespace}.sock"
+
+
+def remove_abandoned(own: Path) -> None:
+    """Remove places of other network namespaces that nobody has open any more.
+
+    Somebody who starts now may take the same place: it is looked at again under a name that
+    nobody else gives.
+    """
+    namespace = own.stem.rpartition("-")[2]
+    for place in own.parent.glob("userspace-ipv[46]-*.sock"):
+        if f"-{namespace}." not in place.name and is_abandoned(place):
+            aside = place.with_suffix(f".{os.getpid()}")
+            with contextlib.suppress(OSError):
+                place.rename(aside)
+                if is_abandoned(aside):
+                    aside.unlink()
+                else:
+                    aside.rename(place)
+
+
+def is_abandoned(place: Path) -> bool:
+    """Say whether a socket's process has ended. One that lives hears nothing of the question.
+
+    To connect by another kind of socket fails in any case, and tells why.
+    """
+    try:
+        if not stat.S_ISSOCK(place.lstat().st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other_kind:
+            other_kind.connect(str(place))
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def worker_place(path: Path, number: int) -> Path:

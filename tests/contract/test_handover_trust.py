@@ -8,8 +8,15 @@ from types import SimpleNamespace
 import pytest
 
 from pyproxy.proxier import _handover, _succession
+from pyproxy.proxier._given import Entrances
 from pyproxy.proxier._handover import Handover, predecessor
-from pyproxy.proxier._succession import RUN, meeting_place, predecessors
+from pyproxy.proxier._succession import (
+    RUN,
+    Succession,
+    is_abandoned,
+    meeting_place,
+    predecessors,
+)
 
 SOMEBODY = 12345
 
@@ -25,6 +32,13 @@ def listening(path):
         server.bind(str(path))
         server.listen(1)
         yield
+
+
+class Nobody:
+    """Has nothing to go on with."""
+
+    def admit(self):
+        pass
 
 
 def opened(path):
@@ -85,3 +99,39 @@ def test_each_user_has_a_folder(uid, runtime_dir, folder, monkeypatch):
     monkeypatch.setattr(_succession, "os", as_user(uid))
     monkeypatch.setenv("XDG_RUNTIME_DIR", runtime_dir)
     assert str(meeting_place("", 4).parent) == folder
+
+
+async def test_a_start_removes_the_places_that_nobody_in_other_namespaces_has_any_more(place):
+    folder, own = place.parent, place.with_name("userspace-ipv4-77.sock")
+    abandoned = ["userspace-ipv4-5.sock", "userspace-ipv6-5.sock", "userspace-ipv4-5.3.sock"]
+    kept = ["userspace-ipv4-77.2.sock", "others.sock"]  # a worker of ours, and another program's
+    for name in [*abandoned, *kept]:
+        with listening(folder / name):
+            pass
+    (folder / "userspace-ipv4-8.sock").write_text("no socket")
+    alive = folder / "userspace-ipv4-6.sock"
+    handover = Handover(own, Entrances, list, lambda: None)
+    with listening(alive), closing(handover):
+        before = alive.stat().st_ino
+        await Succession(handover).begin(Nobody())
+        assert alive.stat().st_ino == before
+        predecessor(alive).close()
+        left = {path.name for path in folder.iterdir()}
+    assert left == {*kept, own.name, alive.name, "userspace-ipv4-8.sock"}
+
+
+def test_a_place_that_is_bound_and_does_not_listen_yet_is_not_abandoned(place):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.bind(str(place))
+        assert not is_abandoned(place)
+    assert is_abandoned(place)
+
+
+def test_a_process_that_lives_hears_nothing_of_it(place):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.bind(str(place))
+        server.listen(1)
+        server.setblocking(False)
+        assert not is_abandoned(place)
+        with pytest.raises(BlockingIOError):
+            server.accept()

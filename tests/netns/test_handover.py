@@ -3,6 +3,8 @@
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
 
@@ -12,7 +14,7 @@ from pyproxy.config import Config, with_setting
 from pyproxy.model import Address
 from pyproxy.proxier import _handover
 from pyproxy.proxier._capture import WAYS, why_not
-from pyproxy.proxier._succession import meeting_place
+from pyproxy.proxier._succession import is_abandoned, meeting_place
 from tests.netns import node as node_module
 from tests.netns.node import LOOPBACK, NODE_IP, Jobs, Node, udp_client
 from tests.netns.test_userspace import Backend
@@ -244,3 +246,22 @@ async def test_a_place_that_a_killed_process_left_is_taken(config):
         writer.write_eof()
         assert await reader.read() == b"a !"
         writer.close()
+
+
+def test_the_place_of_another_namespace_is_abandoned_once_its_process_ends(tmp_path):
+    place = tmp_path / "userspace-ipv4-5.sock"
+    script = f"""
+import socket
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+server.bind({str(place)!r})
+server.listen(1)
+print("listening", flush=True)
+input()
+"""
+    words = ["unshare", "--net", sys.executable, "-c", script]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout.readline() == "listening\n"
+        assert not is_abandoned(place)
+        process.communicate("\n")
+    assert is_abandoned(place)
