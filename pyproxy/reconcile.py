@@ -46,6 +46,13 @@ class Target(Protocol[K, V]):
         """Return what it holds now, in terms of the mode's state; also an earlier process's."""
         ...
 
+    def rehearse(self, state: Mapping[K, V]) -> None:
+        """Do for these entries what ``apply`` does before it writes. Changes nothing.
+
+        What it raises is a mistake of ours, that ``apply`` would make with them.
+        """
+        ...
+
     async def apply(self, delta: Delta[K, V]) -> Mapping[K, str]:
         """Make the change; return, with the reason, the keys that could not be made so.
 
@@ -131,7 +138,8 @@ class Reconciler(Generic[K, V]):
     target refuses is tried again at every sync.
 
     So is an owner that cannot be compiled, by a mistake of ours. It keeps what was last written
-    for it, but for what others want now; and the others are written.
+    for it, but for what others want now; and the others are written. A target that stumbles over
+    an entry ends the sync; from the next on each owner's are rehearsed, to find out whose it is.
     """
 
     def __init__(
@@ -150,6 +158,7 @@ class Reconciler(Generic[K, V]):
         self._written: dict[ServicePortName, Mapping[K, V]] = {}  # with success
         self._is_certain = False  # that the target holds that
         self._doubted = False
+        self._rehearses = False  # while the target stumbles over somebody's entries
         self._failed: dict[ServicePortName, str] = {}
         self._refused: dict[ServicePortName, dict[K, str]] = {}
         self._served = 0
@@ -176,10 +185,14 @@ class Reconciler(Generic[K, V]):
             refused = await self._target.apply(delta) if delta or full else {}
         except ApplyError as failure:
             error = str(failure)
+        except Exception:
+            self._rehearses = True
+            raise
         else:
             if full:
                 self._written, self._refused, self._served = {}, {}, 0
             self._remember(wanted, refused)
+            self._rehearses = self._rehearses and bool(self._failed)
         failed = {**plan.failed, **self._failed}
         return SyncReport(
             mode=self._mode,
@@ -266,7 +279,10 @@ class Reconciler(Generic[K, V]):
             port, before = plan.ports.get(owner), self._written.get(owner, {})
             try:
                 near = before if held is None else held
-                states[owner] = self._compile(port, near) if port is not None else {}
+                state = self._compile(port, near) if port is not None else {}
+                if self._rehearses:
+                    self._target.rehearse(state)
+                states[owner] = state
             except Exception as mistake:
                 self._failed[owner] = told(mistake)
             else:

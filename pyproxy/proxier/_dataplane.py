@@ -21,6 +21,8 @@ from pyproxy.proxier._given import Bound, Given, GivenFlow
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._transparent import Transparent
 from pyproxy.proxier._way import Capture
+from pyproxy.rules.capture import NO_SOURCES, entry, frontend_key, packed_entry
+from pyproxy.rules.listener_bytes import packed_owner
 from pyproxy.rules.listeners import Listener, Surroundings
 
 log = logging.getLogger(__name__)
@@ -126,6 +128,14 @@ class DataPlane:
         self.udp.close_all()
         if self.transparent is not None:
             self.transparent.close()
+
+
+def rehearse(listeners: Mapping[Frontend, Listener], family: Family) -> None:
+    """Pack what workers and the kernel's socket lookup would be told, to no end."""
+    for frontend, listener in listeners.items():
+        packed_owner(listener.owner, [listener])
+        frontend_key(frontend, family)
+        packed_entry(entry(listener.route), NO_SOURCES)
 
 
 def tell_of_many(owner: ServicePortName) -> None:

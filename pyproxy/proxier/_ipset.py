@@ -31,6 +31,7 @@ ATTR_DATA, ATTR_ADT = 7, 8
 ATTR_IP, ATTR_PORT, ATTR_PROTO, ATTR_IP2 = 1, 4, 7, 20
 ATTR_MAXELEM = 19
 ATTR_IPADDR: dict[Family, int] = {4: 1, 6: 2}
+AFS: dict[Family, int] = {4: socket.AF_INET, 6: socket.AF_INET6}
 NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
 PROTOS = {number: name for name, number in NUMBERS.items()}
 IP_PORT, IP_PORT_IP = "hash:ip,port", "hash:ip,port,ip"
@@ -51,16 +52,16 @@ class IpSets:
         """Create a set unless it is there. Raises ``OSError``."""
         body = attribute(ATTR_TYPENAME, kind.encode() + b"\0")
         body += attribute(ATTR_REVISION, bytes([REVISION]))
-        body += attribute(ATTR_FAMILY, bytes([self._nf_family]))
+        body += attribute(ATTR_FAMILY, bytes([AFS[self._family]]))
         limit = attribute(ATTR_MAXELEM | NLA_F_NET_BYTEORDER, struct.pack("!I", MAX_MEMBERS))
         self._carry_out([self._message(CREATE, name, body + nested(ATTR_DATA, limit))], name)
 
     def add(self, name: str, members: Iterable[str]) -> None:
         """Add members, each as ``ip,proto:port`` or ``ip,proto:port,ip``. Raises ``OSError``."""
-        self._carry_out([self._message(ADD, name, self._member(m)) for m in members], name)
+        self._change(ADD, name, members)
 
     def remove(self, name: str, members: Iterable[str]) -> None:
-        self._carry_out([self._message(DEL, name, self._member(m)) for m in members], name)
+        self._change(DEL, name, members)
 
     def members(self, name: str) -> set[str] | None:
         """Return the members; None if there is no such set. Raises ``OSError``."""
@@ -80,30 +81,33 @@ class IpSets:
         if code not in (0, errno.ENOENT):
             raise OSError(code, f"set {name}: {text_of(code)}")
 
-    @property
-    def _nf_family(self) -> int:
-        return socket.AF_INET if self._family == 4 else socket.AF_INET6
-
     def _message(self, kind: int, name: str, body: bytes) -> Message:
-        head = NF_HEADER.pack(self._nf_family, 0, 0) + attribute(ATTR_PROTOCOL, bytes([PROTOCOL]))
+        head = NF_HEADER.pack(AFS[self._family], 0, 0) + attribute(ATTR_PROTOCOL, bytes([PROTOCOL]))
         return Message(kind, 0, head + attribute(ATTR_SETNAME, name.encode() + b"\0") + body)
 
-    def _member(self, text: str) -> bytes:
-        ip, port, *rest = text.split(",")
-        proto, _, number = port.partition(":")
-        data = self._address(ATTR_IP, ip)
-        data += attribute(ATTR_PORT | NLA_F_NET_BYTEORDER, int(number).to_bytes(2, "big"))
-        data += attribute(ATTR_PROTO, bytes([NUMBERS[proto]]))
-        return nested(ATTR_DATA, data + b"".join(self._address(ATTR_IP2, ip) for ip in rest))
-
-    def _address(self, kind: int, ip: str) -> bytes:
-        packed = socket.inet_pton(self._nf_family, ip)
-        return nested(kind, attribute(ATTR_IPADDR[self._family] | NLA_F_NET_BYTEORDER, packed))
+    def _change(self, kind: int, name: str, members: Iterable[str]) -> None:
+        packed = [self._message(kind, name, packed_member(m, self._family)) for m in members]
+        self._carry_out(packed, name)
 
     def _carry_out(self, messages: Sequence[Message], name: str) -> None:
         for code in self._netlink.carry_out(messages):
             if code:
                 raise OSError(code, f"set {name}: {text_of(code)}")
+
+
+def packed_member(text: str, family: Family) -> bytes:
+    ip, port, *rest = text.split(",")
+    proto, _, number = port.partition(":")
+    data = packed_address(ATTR_IP, ip, family)
+    data += attribute(ATTR_PORT | NLA_F_NET_BYTEORDER, int(number).to_bytes(2, "big"))
+    data += attribute(ATTR_PROTO, bytes([NUMBERS[proto]]))
+    data += b"".join(packed_address(ATTR_IP2, ip, family) for ip in rest)
+    return nested(ATTR_DATA, data)
+
+
+def packed_address(kind: int, ip: str, family: Family) -> bytes:
+    packed = socket.inet_pton(AFS[family], ip)
+    return nested(kind, attribute(ATTR_IPADDR[family] | NLA_F_NET_BYTEORDER, packed))
 
 
 def nested(kind: int, value: bytes) -> bytes:

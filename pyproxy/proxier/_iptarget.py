@@ -13,13 +13,14 @@ from pyproxy.counters import NOTHING, Entry
 from pyproxy.delta import Delta
 from pyproxy.model import Family
 from pyproxy.proxier._ipmembers import MemberSets, destroy_sets, held_members
+from pyproxy.proxier._ipset import packed_member
 from pyproxy.proxier._iptables import Iptables, IptablesError
 from pyproxy.reconcile import ApplyError, Difference
 from pyproxy.report import RestoreReport
 from pyproxy.rules.iptables import MEMBER, SETS, Content, Item, Ruleset
 from pyproxy.rules.iptables_base import Place, jumps
 from pyproxy.rules.iptables_counts import entries
-from pyproxy.rules.iptables_layout import Layout, read
+from pyproxy.rules.iptables_layout import Layout, chains_of, read
 from pyproxy.rules.iptables_text import Line, Rules, cleared, counted, founded, parsed, rewritten
 
 ATTEMPTS = 16  # for one change, each without something that was refused
@@ -86,6 +87,13 @@ class IpTarget:
         if was_sure and drift:
             self._on_drift(drift)
         return items | members
+
+    def rehearse(self, state: Mapping[Item, Content]) -> None:
+        """Lay out these items by themselves, and pack the members among them, to no end."""
+        rewritten(chains_of(self.ruleset or self._ruleset(), dict(state)))
+        for item in state:
+            if item.table == SETS:
+                packed_member(item.match, self._family)
 
     async def apply(self, delta: Delta[Item, Content]) -> Mapping[Item, str]:
         """Carry out the change; return the items that were refused, and why."""

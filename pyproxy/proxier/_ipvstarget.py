@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from itertools import islice
@@ -109,6 +110,14 @@ class IpvsTarget:
                 return items | await asyncio.to_thread(self._read)
             except OSError as error:
                 raise ApplyError(f"cannot list virtual servers: {error.strerror}") from error
+
+    def rehearse(self, state: Mapping[Key, Content]) -> None:
+        """Pack these items, to no end."""
+        delta = Delta(dict(state), {}, {})
+        self._table.rehearse(table_delta(delta).added)
+        empty = copy(self)
+        empty._held, empty._draining, empty._doomed = {}, {}, set()
+        empty._parts(delta)
 
     async def apply(self, delta: Delta[Key, Content]) -> Mapping[Key, str]:
         """Guard and masquerade before serving, and refuse before serving no more.

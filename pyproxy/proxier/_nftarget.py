@@ -9,6 +9,7 @@ import asyncio
 import errno
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -109,6 +110,12 @@ class NfTarget:
         if was_sure and (drift := differences(before, self._held) + len(self._fixed)):
             self._on_drift(drift)
         return items
+
+    def rehearse(self, state: Mapping[Item, Content]) -> None:
+        """Pack these items, to no end."""
+        empty = copy(self)
+        empty._held, empty._users, empty._leftovers = Held(), {}, set()
+        empty._messages(Delta(dict(state), {}, {})).packed(self._table)
 
     async def apply(self, delta: Delta[Item, Content]) -> Mapping[Item, str]:
         """Carry out the change. Nothing is refused by itself: the kernel takes all or nothing."""

@@ -21,7 +21,7 @@ from pyproxy.proxier._socketlb_kernel import SocketBalancer
 from pyproxy.proxier._socketlb_site import Off, chosen_cgroup, pins, remove_pins
 from pyproxy.reconcile import Difference, Target
 from pyproxy.rules.listeners import Listener
-from pyproxy.rules.socketlb import NODE, POD, mapped_ip
+from pyproxy.rules.socketlb import NODE, POD, content, mapped_ip
 
 PUT_AT_ONCE = 200  # frontends, until the loop may do something else
 
@@ -55,6 +55,11 @@ class Balanced:
             self._sockets = self._opened()
             self._look_around()
         return self._held
+
+    def rehearse(self, state: Mapping[Frontend, Listener]) -> None:
+        self._listeners.rehearse(state)
+        for frontend, listener in state.items():
+            content(frontend, listener, None, 0)
 
     async def apply(self, delta: Delta[Frontend, Listener]) -> Mapping[Frontend, str]:
         """Have the listeners serve first: whatever goes wrong here goes on to them."""

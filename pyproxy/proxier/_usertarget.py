@@ -17,7 +17,7 @@ from pyproxy.proxier._around import node_port_ips, surroundings
 from pyproxy.proxier._bypass import Bypass
 from pyproxy.proxier._capture import WAYS, best
 from pyproxy.proxier._crew import Crew
-from pyproxy.proxier._dataplane import DataPlane, Manner
+from pyproxy.proxier._dataplane import DataPlane, Manner, rehearse
 from pyproxy.proxier._flow import IdleTimeouts
 from pyproxy.proxier._fronts import Fronts
 from pyproxy.proxier._given import Given
@@ -109,6 +109,9 @@ class Frontends:
         for table, count in (await renewed(self._tabled())).items():
             self._env.drifted(table, count, "somebody")
         return self._fronts.listeners()
+
+    def rehearse(self, state: Mapping[Frontend, Listener]) -> None:
+        rehearse(state, self._env.family)
 
     async def apply(self, delta: Delta[Frontend, Listener]) -> Mapping[Frontend, str]:
         """Open before routing to it, and route elsewhere before closing.

@@ -142,6 +142,36 @@ async def test_an_owner_that_cannot_be_compiled_keeps_what_it_has_and_stops_nobo
     assert node.target.holds == before | {new: node.wanted()[new]}
 
 
+async def test_an_owner_whose_entries_the_target_stumbles_over_is_found_and_stops_nobody(node):
+    await node.change(*put(service("web"), service("api", "10.96.0.2")))
+    before = dict(node.target.holds)
+    node.target.stumbles_over = {route.frontend for route in service_routes("web")}
+    with pytest.raises(KeyError, match="no target is without mistakes"):
+        await node.change(*put(endpoint_slice("s", endpoint(1)), service("c", "10.96.0.3")))
+    assert node.target.holds == before, "nobody knows yet whose mistake it is"
+    report = await node.change()
+    assert (report.error, set(report.failed), report.full) == (None, {WEB}, True)
+    (new,) = (route.frontend for route in node.planner.plan.ports[owner("c")].routes)
+    assert node.target.holds == before | {new: node.wanted()[new]}
+    report = await node.change(*put(service("d", "10.96.0.4")))
+    assert (report.error, set(report.failed), report.added) == (None, {WEB}, 1)
+    node.target.stumbles_over = set()
+    report = await node.change()
+    assert (report.failed, report.changed) == ({}, 1)
+    assert node.target.holds == node.wanted()
+    node.target.rehearsed.clear()
+    await node.change(*put(service("e", "10.96.0.5")))
+    assert node.target.rehearsed == []
+
+
+async def test_nothing_is_rehearsed_while_all_is_well(node):
+    await node.change(*put(service("web"), service("api", "10.96.0.2")))
+    node.mode.stumbles_over = {API}  # of compiling, another mistake
+    await node.change(*put(endpoint_slice("s", endpoint(1)), service("c", "10.96.0.3")))
+    await node.change()
+    assert node.target.rehearsed == []
+
+
 COMPILERS = {
     "userspace": listeners.compile_owner,
     "iptables": partial(iptables.compile_owner, iptables.Ruleset(4)),

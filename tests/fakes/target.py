@@ -9,13 +9,22 @@ class FakeTarget:
         self.holds = dict(holds)
         self.refuses = set()
         self.fail_next = 0  # how many writes to lose; what is held is anything after one
+        self.stumbles_over = set()  # keys, by a mistake of ours
+        self.rehearsed = []
         self.writes = []
         self.counted = []  # entries, as they are now
 
     async def adopt(self):
         return dict(self.holds)
 
+    def rehearse(self, state):
+        self.rehearsed.append(state)
+        if not self.stumbles_over.isdisjoint(state):
+            raise KeyError("no target is without mistakes")
+
     async def apply(self, delta):
+        if not self.stumbles_over.isdisjoint(patch({}, delta)):
+            raise KeyError("no target is without mistakes")
         if self.fail_next:
             self.fail_next -= 1
             half = dict(list(delta.added.items())[: len(delta.added) // 2])
