@@ -119,17 +119,12 @@ class Transparent:
         """Return what others have removed of the way that answers take. Raises ``OSError``."""
         if self._netlink is None or self._udp_seconds is None:
             return []
-        there = {
-            "routing rule for answers": any(
-                map(is_current, rules_there(self._family, self._netlink))
-            ),
-            "local route for answers": has_route(self._family, self._netlink),
-        }
-        return [
-            Difference(what, "one of ours", None)
-            for what, is_there in there.items()
-            if not is_there
-        ]
+        found = []
+        if not any(map(is_current, rules_there(self._family, self._netlink))):
+            found.append(Difference("routing rule for answers", "a rule of ours", None))
+        if not has_route(self._family, self._netlink):
+            found.append(Difference("local route for answers", "a route of ours", None))
+        return found
 
     def renew(self) -> None:
         if self._netlink is not None and self._udp_seconds is not None:
@@ -317,14 +312,9 @@ def has_route(family: Family, netlink: Netlink) -> bool:
 
 
 def is_current(body: bytes) -> bool:
-    return has(
-        body,
-        {
-            FRA_PRIORITY: struct.pack("=I", RULE_PRIORITY),
-            FRA_FWMARK: struct.pack("=I", MARK),
-            FRA_FWMASK: struct.pack("=I", MARK),
-        },
-    )
+    mark = struct.pack("=I", MARK)
+    priority = struct.pack("=I", RULE_PRIORITY)
+    return has(body, {FRA_PRIORITY: priority, FRA_FWMARK: mark, FRA_FWMASK: mark})
 
 
 def has(body: bytes, wanted: Mapping[int, bytes]) -> bool:
