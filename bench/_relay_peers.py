@@ -140,7 +140,7 @@ async def relay(ports: Ports) -> None:
     sockets = []
     for name, port in ports._asdict().items():
         proto = "UDP" if name == "datagrams" else "TCP"
-        pool = Pool((Backend(Address(IP, port)),))
+        pool = Pool((Backend(Address(IP, port), is_local=True),))
         picker = Picker(random.randrange)
         picker.use([pool])
         action = Forward(pool)
