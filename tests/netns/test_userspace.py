@@ -137,8 +137,9 @@ async def test_connections_inside_of_the_node_are_not_paced(family, default, mon
                 expected if default == "bbr" else kernels
             ]
             writer.close()
-            await a.ended.wait()
-            a.ended.clear()
+            async with asyncio.timeout(5):
+                while await congestion_control(a.address.port):  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(0.01)
 
 
 async def congestion_control(port):
