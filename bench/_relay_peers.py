@@ -20,6 +20,7 @@ from pyproxy.model import Address, Backend, Forward, Frontend, Pool, Route, Serv
 from pyproxy.proxier._accept import TcpFront
 from pyproxy.proxier._batch import DATAGRAMS, HEADER_WORDS, Batch
 from pyproxy.proxier._flow import IdleTimeouts, UdpRelay
+from pyproxy.proxier._poller import RelayLoop
 from pyproxy.proxier._sockets import listening
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._udp import UdpFront
@@ -140,7 +141,7 @@ async def relay(ports: Ports) -> None:
     sockets = []
     for name, port in ports._asdict().items():
         proto = "UDP" if name == "datagrams" else "TCP"
-        pool = Pool((Backend(Address(IP, port)),))
+        pool = Pool((Backend(Address(IP, port), is_local=True),))
         picker = Picker(random.randrange)
         picker.use([pool])
         action = Forward(pool)
@@ -238,4 +239,5 @@ if __name__ == "__main__":
         case ["backend"]:
             uvloop.run(backend())
         case ["relay", *words]:
-            uvloop.run(relay(Ports(*(int(word) for word in words))))
+            with asyncio.Runner(loop_factory=RelayLoop) as runner:
+                runner.run(relay(Ports(*(int(word) for word in words))))

@@ -85,6 +85,10 @@ class Picker:
             self._make_room(now)
         return address
 
+    def is_local(self, pool: Pool, backend: Address) -> bool:
+        """Say whether a backend of a pool that is in use is on this node."""
+        return backend in self._turns[id(pool)].local
+
     def opened(self, backend: Address) -> None:
         """Count a connection that now exists; some schedulers look at the counts."""
         self._open[backend] = self._open.get(backend, 0) + 1
@@ -137,13 +141,14 @@ class Picker:
 class Turn:
     """One full cycle of a pool, and where it is."""
 
-    __slots__ = ("at", "cycle", "members", "pool", "scheduler")
+    __slots__ = ("at", "cycle", "local", "members", "pool", "scheduler")
 
     def __init__(self, pool: Pool, choose: Callable[[int], int]) -> None:
         self.pool = pool
         self.scheduler: Scheduler | None = pool.scheduler
         self.cycle = turn_of(pool)
         self.members = frozenset(self.cycle)
+        self.local = frozenset([b.address for b in pool.backends if b.is_local])
         count = len(self.cycle)  # nodes must not all begin with the same backend
         self.at = choose(count) if count > 1 else 0
 

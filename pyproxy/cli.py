@@ -178,8 +178,12 @@ def serve(
     except LookupError as error:
         return fail(str(error))
     if asked is None:
-        return in_loop(options.event_loop, lambda: serving(options, config, node, text))
-    return in_loop(options.event_loop, lambda: migrating(asked, options, config, node, text))
+        return in_loop(
+            options.event_loop, config.mode, lambda: serving(options, config, node, text)
+        )
+    return in_loop(
+        options.event_loop, config.mode, lambda: migrating(asked, options, config, node, text)
+    )
 
 
 def resolved_mode(config: Config) -> str:
@@ -323,17 +327,21 @@ def clean_up(keep: str, config: Config) -> int:
     return asyncio.run(clear())
 
 
-def in_loop(name: str, coroutine: Callable[[], Coroutine[object, object, int]]) -> int:
-    """Run on uvloop where it is wanted or to be had, never by installing it for everybody."""
-    if name != "asyncio":
+def in_loop(name: str, mode: str, coroutine: Callable[[], Coroutine[object, object, int]]) -> int:
+    """Run on the event loop of this name; ``auto`` is the best for the mode that there is."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    if name == "auto" and mode == "userspace":
+        from pyproxy.proxier._poller import RelayLoop
+
+        factory = RelayLoop
+    elif name != "asyncio":
         try:
-            import uvloop
+            from uvloop import new_event_loop as factory
         except ImportError:
             if name == "uvloop":
                 return fail("--event-loop=uvloop: the package uvloop is not installed")
-        else:
-            return uvloop.run(coroutine())
-    return asyncio.run(coroutine())
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(coroutine())
 
 
 def enabled_features(config: Config) -> dict[tuple[str, str], bool]:

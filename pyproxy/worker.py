@@ -8,6 +8,7 @@ import sys
 from pyproxy import __version__
 from pyproxy.log import setup
 from pyproxy.proxier._channel import Begin, receive_first
+from pyproxy.proxier._poller import RelayLoop
 from pyproxy.proxier._worker import Worker
 
 
@@ -23,12 +24,8 @@ def main() -> int:
     async def work() -> None:
         await Worker(begin, fds, sock).run()
 
-    if begin.on_uvloop:
-        import uvloop
-
-        uvloop.run(work())
-    else:
-        asyncio.run(work())
+    with asyncio.Runner(loop_factory=RelayLoop) as runner:
+        runner.run(work())
     return 0
 
 

@@ -10,6 +10,7 @@ import uvloop
 from hypothesis import HealthCheck, settings
 
 from pyproxy.proxier import _socketlb_site
+from pyproxy.proxier._poller import RelayLoop
 
 settings.register_profile(
     "default",
@@ -62,7 +63,7 @@ def pytest_asyncio_loop_factories(config, item):
     """Run each asynchronous test on both real loops, or on the jumping one if it says so."""
     if item.get_closest_marker("jumping"):
         return {"jumping": JumpingLoop}
-    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": RelayLoop, "uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,13 @@ OWN: Final = Group(
             "How often, at most, to write on this Node how far its Services are programmed; "
             "0 is never. It takes another RBAC rule.",
         ),
-        Flag("event-loop", LOOP, "", "auto, uvloop or asyncio."),
+        Flag(
+            "event-loop",
+            LOOP,
+            "",
+            "auto, uvloop or asyncio, for the process that plans; auto is uvloop, and in mode "
+            "userspace a loop of its own, which workers always have.",
+        ),
     ),
 )
 

@@ -35,7 +35,6 @@ class Begin(Struct, frozen=True, tag=True, array_like=True):
     place: str  # where successors look for the process that plans
     manner: Manner
     logging: Logging
-    on_uvloop: bool
     collector: tuple[int, int, int]  # thresholds of the garbage collector
 
 

@@ -289,7 +289,6 @@ class Crew:
             place=str(place),
             manner=manner,
             logging=logging_,
-            on_uvloop=type(asyncio.get_running_loop()).__module__.startswith("uvloop"),
             collector=gc.get_threshold(),
         )
 

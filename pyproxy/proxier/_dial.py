@@ -3,7 +3,7 @@
 import socket
 from contextlib import suppress
 from errno import EALREADY, EINPROGRESS, EINVAL
-from socket import SocketType
+from socket import IPPROTO_TCP, TCP_CONGESTION, SocketType
 from typing import Protocol
 
 from pyproxy.balancer import Picker
@@ -86,6 +86,8 @@ class Dial:
             self._tried += (address,)
             seconds = TIMEOUTS[self._attempts]
             self._attempts += 1
+            if relay.local_congestion_control and picker.is_local(action.pool, address):
+                backend.setsockopt(IPPROTO_TCP, TCP_CONGESTION, relay.local_congestion_control)
             error = self._call(backend, action, address, now)
             if error and error != EALREADY:
                 backend.close()

@@ -1,15 +1,25 @@
 """Tells which of many sockets are ready: an edge-triggered epoll inside the event loop.
 
-The event loop watches one file descriptor, that of the epoll. A socket is registered once in its
-life, and closing it ends that. Edge-triggered: each change is told once, so whoever leaves
-something undone must come back to it, or ask to be called ``again``.
+A socket is registered once in its life, and closing it ends that. Edge-triggered: each change is
+told once, so whoever leaves something undone must come back to it, or ask to be called ``again``.
+
+The event loop of mode userspace waits on the same epoll, and while nothing else is to be done
+stays in it: a round is one system call, and what the watchers do. Any other event loop watches one
+file descriptor more, that of the epoll, and each round costs a turn of the loop.
 """
 
 import asyncio
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from contextvars import Context
+from selectors import EVENT_READ, EVENT_WRITE, BaseSelector, SelectorKey
 from socket import SocketType
-from typing import Protocol
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol, TypeVarTuple
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
@@ -18,6 +28,8 @@ HUP = select.EPOLLHUP
 ERROR = select.EPOLLERR
 EDGE = select.EPOLLET
 EVENTS_AT_ONCE = 64  # as many are passed on before the kernel is asked again
+FOR_EVER = -1.0
+Args = TypeVarTuple("Args")
 
 
 class Watcher(Protocol):
@@ -29,26 +41,24 @@ class Watcher(Protocol):
 class Poller:
     """Calls those whose sockets are ready, one after the other, in the event loop's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoll: select.epoll) -> None:
         self.rounds = 0  # how often it has asked the kernel
-        self._users = 1
-        self._loop = asyncio.get_running_loop()
-        self._epoll = select.epoll()
+        self._users = 0
+        self._epoll = epoll
         self._watchers: dict[int, Watcher] = {}
         self._again: list[Callable[[], None]] = []
         self._closing: list[SocketType] = []
         self._is_telling = False
-        self._loop.add_reader(self._epoll.fileno(), self._look)
 
     @classmethod
     def of_loop(cls) -> "Poller":
         """Return the one of this event loop, to one more user; it is closed with the last."""
         loop = asyncio.get_running_loop()
-        poller = _of_loops.get(loop)
+        poller = loop.poller if isinstance(loop, RelayLoop) else _of_loops.get(loop)
         if poller is None:
-            poller = _of_loops[loop] = cls()
-        else:
-            poller._users += 1
+            poller = _of_loops[loop] = cls(select.epoll())
+            loop.add_reader(poller._epoll.fileno(), poller.tell, 0.0)
+        poller._users += 1
         return poller
 
     def add(self, fd: int, events: int, watcher: Watcher) -> None:
@@ -83,37 +93,128 @@ class Poller:
     def again(self, call: Callable[[], None]) -> None:
         """Call when others have had their turn."""
         if not self._again:
-            self._loop.call_soon(self._repeat)
+            asyncio.get_running_loop().call_soon(self._repeat)
         self._again.append(call)
 
     def close(self) -> None:
         """Let go of it: each user once."""
         self._users -= 1
-        if not self._users:
-            if _of_loops.get(self._loop) is self:
-                del _of_loops[self._loop]
-            self._loop.remove_reader(self._epoll.fileno())
+        loop = asyncio.get_running_loop()
+        if not self._users and _of_loops.get(loop) is self:
+            del _of_loops[loop]
+            loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
 
-    def _look(self) -> None:
+    def tell(self, seconds: float) -> list[tuple[int, int]]:
+        """Wait so long for events, or for ever, and pass them on; return those nobody watches."""
         self.rounds += 1
         watcher_of = self._watchers.get
+        others = []
+        found = self._epoll.poll(seconds, EVENTS_AT_ONCE)
         self._is_telling = True
-        try:
-            for fd, events in self._epoll.poll(0, EVENTS_AT_ONCE):
-                watcher = watcher_of(fd)
-                if watcher is not None:
-                    watcher.ready(events)
-        finally:
-            self._is_telling = False
-            for sock in self._closing:
-                sock.close()
-            self._closing.clear()
+        for fd, events in found:
+            watcher = watcher_of(fd)
+            if watcher is None:
+                others.append((fd, events))
+                continue
+            try:
+                watcher.ready(events)  # others are told but once, too
+            except Exception as error:
+                fields = {"message": "a socket's events were not understood", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(fields)
+        self._is_telling = False
+        for sock in self._closing:
+            sock.close()
+        self._closing.clear()
+        return others
 
     def _repeat(self) -> None:
         calls, self._again = self._again, []
         for call in calls:
             call()
+
+
+class RelayLoop(asyncio.SelectorEventLoop):
+    """An event loop that leaves its poller only for something else to do."""
+
+    def __init__(self) -> None:
+        self._inside = Inside()
+        self.poller = self._inside.poller
+        super().__init__(self._inside)
+
+    def call_soon(
+        self,
+        callback: Callable[[*Args], object],
+        *args: *Args,
+        context: Context | None = None,
+    ) -> asyncio.Handle:
+        self._inside.is_wanted = True
+        return super().call_soon(callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*Args], object],
+        *args: *Args,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        self._inside.is_wanted = True
+        return super().call_at(when, callback, *args, context=context)
+
+
+class Inside(BaseSelector):
+    """What the event loop waits in: the poller, which also has the loop's own file descriptors."""
+
+    def __init__(self) -> None:
+        self.is_wanted = False  # the loop has been given something to do
+        self._epoll = select.epoll()
+        self.poller = Poller(self._epoll)
+        self._keys: dict[FileDescriptorLike, SelectorKey] = {}  # by file descriptor
+
+    def register(
+        self, fileobj: "FileDescriptorLike", events: int, data: object = None
+    ) -> SelectorKey:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if fd in self._keys:
+            raise KeyError(f"{fileobj!r} is registered already")
+        self._epoll.register(fd, asked(events))
+        key = self._keys[fd] = SelectorKey(fileobj, fd, events, data)
+        return key
+
+    def unregister(self, fileobj: "FileDescriptorLike") -> SelectorKey:
+        key = self._keys.pop(fileobj if isinstance(fileobj, int) else fileobj.fileno())
+        with suppress(OSError):  # it is closed already
+            self._epoll.unregister(key.fd)
+        return key
+
+    def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
+        """Tell the poller's watchers until the loop has something to do itself."""
+        self.is_wanted = False
+        seconds = FOR_EVER if timeout is None else max(timeout, 0.0)
+        until = monotonic() + seconds
+        while True:
+            others = self.poller.tell(seconds)
+            if others or self.is_wanted or not seconds:
+                return [found for fd, events in others for found in self._known(fd, events)]
+            if seconds != FOR_EVER:
+                seconds = max(until - monotonic(), 0.0)
+
+    def _known(self, fd: int, events: int) -> Iterator[tuple[SelectorKey, int]]:
+        key = self._keys.get(fd)
+        if key is not None:
+            mask = (events & ~OUT and EVENT_READ) | (events & ~IN and EVENT_WRITE)
+            yield key, mask & key.events
+
+    def close(self) -> None:
+        self._epoll.close()
+        self._keys.clear()
+
+    def get_map(self) -> Mapping["FileDescriptorLike", SelectorKey]:
+        return self._keys
+
+
+def asked(events: int) -> int:
+    return (events & EVENT_READ and IN) | (events & EVENT_WRITE and OUT)
 
 
 _of_loops: dict[asyncio.AbstractEventLoop, Poller] = {}

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from socket import SocketType
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ SO_MEMINFO = 55
 MEMINFO = struct.Struct("=9I")  # the last is what was dropped: include/uapi/linux/sock_diag.h
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 300), (socket.TCP_KEEPINTVL, 30), (socket.TCP_KEEPCNT, 5))
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")  # for IPv6 as well
+UNPACED = b"reno"
 RELIEF_SECONDS = 10.0  # without a shortage, until the next one is worth telling
 
 log = logging.getLogger(__name__)
@@ -287,6 +290,22 @@ def dropped_at(sock: socket.socket) -> int:
     """Return how many packets a socket has dropped: its guard, or for want of room in its queue."""
     values = MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
     return int(values[-1])
+
+
+def local_congestion_control() -> bytes | None:
+    """Return what connections inside of this node shall use instead of the default, if anything.
+
+    BBR lets a timer say when to send. That costs as much again as all else does, for nothing where
+    there is no network in between. Reno is in every kernel.
+    """
+    try:
+        if CONGESTION_CONTROL.read_text().startswith("bbr"):
+            with socket.socket() as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, UNPACED)
+            return UNPACED
+    except OSError as error:
+        log.debug("local connections are paced as all are", extra={"error": str(error)})
+    return None
 
 
 def reset(sock: SocketType) -> None:

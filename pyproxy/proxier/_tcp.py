@@ -15,7 +15,7 @@ from pyproxy.proxier._given import Given
 from pyproxy.proxier._meter import Carried, Meter
 from pyproxy.proxier._poller import Poller
 from pyproxy.proxier._relay import Connection
-from pyproxy.proxier._sockets import EXHAUSTED, Shortage, keep_alive
+from pyproxy.proxier._sockets import EXHAUSTED, Shortage, keep_alive, local_congestion_control
 from pyproxy.proxier._splice import Pipes
 from pyproxy.proxier._transparent import Transparent
 from pyproxy.rules.listeners import Surroundings
@@ -56,6 +56,7 @@ class TcpRelay:
         self.surroundings = surroundings
         self.observe = observe
         self.poller = Poller.of_loop()
+        self.local_congestion_control = local_congestion_control()
         self.pipes = Pipes(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // PIPE_SHARE)
         self.starving: set[Dialling] = set()  # while there are any, nobody is accepted
         self._open: set[TcpConnection] = set()

@@ -41,7 +41,7 @@ class Recorded(Connection):
 @asynccontextmanager
 async def joined(pipes):
     """The outer ends of two connections whose inner ends are joined."""
-    poller, pool = Poller(), Pipes(pipes)
+    poller, pool = Poller.of_loop(), Pipes(pipes)
     (near, client), (far, backend) = pair(), pair()
     connection = Recorded(poller, pool, near, far)
     for side in (connection.near, connection.far):

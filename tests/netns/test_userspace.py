@@ -5,6 +5,7 @@ import os
 import resource
 import socket
 import struct
+import subprocess
 from ipaddress import ip_network
 
 import pytest
@@ -13,7 +14,7 @@ from pyproxy import balancer
 from pyproxy.config import Config, IPTables
 from pyproxy.host import Host
 from pyproxy.model import Address
-from pyproxy.proxier import _usertarget
+from pyproxy.proxier import _sockets, _usertarget
 from pyproxy.proxier._capture import WAYS
 from pyproxy.proxier._capture import why_not as why_not_captured
 from pyproxy.proxier._lookup import Lookup, Unsupported
@@ -117,6 +118,36 @@ async def test_a_cluster_ip_reaches_all_endpoints_in_turn(family):
         await node.endpoints("web", a.address, b.address)
         answers = [await node.ask(node.vip(1)) for _ in range(6)]
         assert sorted(answers) == [b"a ?"] * 3 + [b"b ?"] * 3
+
+
+@both
+@pytest.mark.parametrize("default", ["bbr", "cubic"])
+async def test_connections_inside_of_the_node_are_not_paced(family, default, monkeypatch, tmp_path):
+    setting = tmp_path / "tcp_congestion_control"
+    setting.write_text(f"{default}\n")
+    kernels = _sockets.CONGESTION_CONTROL.read_text().strip()
+    monkeypatch.setattr(_sockets, "CONGESTION_CONTROL", setting)
+    monkeypatch.setattr(_sockets, "UNPACED", b"reno" if kernels != "reno" else b"cubic")
+    async with Backend(family, "a") as a, proxied(family) as node:
+        await node.service("web", 1)
+        for where, expected in (("here", _sockets.UNPACED.decode()), ("elsewhere", kernels)):
+            await node.endpoints("web", a.address, node=where)
+            _reader, writer = await asyncio.open_connection(node.vip(1), 80)
+            assert await congestion_control(a.address.port) == [
+                expected if default == "bbr" else kernels
+            ]
+            writer.close()
+            async with asyncio.timeout(5):
+                while await congestion_control(a.address.port):  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(0.01)
+
+
+async def congestion_control(port):
+    """Return what the open connections to a port of this node use."""
+    words = ("ss", "-tinH", "state", "established", "dport", "=", f":{port}")
+    process = await asyncio.create_subprocess_exec(*words, stdout=subprocess.PIPE)
+    output, _ = await process.communicate()
+    return [line.split()[0] for line in output.decode().splitlines() if line[0].isspace()]
 
 
 @both
