@@ -13,7 +13,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -33,6 +33,7 @@ from pyproxy.model import (
     ServicePortName,
 )
 from pyproxy.process import SystemClock, calm_collector
+from pyproxy.proxier._poller import RelayLoop
 from pyproxy.rules.listeners import Listener
 from tests.netns.node import Jobs
 
@@ -102,6 +103,12 @@ async def trial(way: str, count: int) -> dict[str, float]:
     return figures
 
 
+def run(coroutine: Coroutine[None, None, dict[str, float]]) -> dict[str, float]:
+    """Run as the mode's own process does."""
+    with asyncio.Runner(loop_factory=RelayLoop) as runner:
+        return runner.run(coroutine)
+
+
 def child(way: str, count: int) -> dict[str, float]:
     """Measure in a process and a network namespace of its own."""
     script = 'ip link set lo up && exec "$@"'
@@ -119,7 +126,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         if sys.argv[2] == "listeners":
             count = min(count, (most - 200) // 2)
-        print(json.dumps(asyncio.run(trial(sys.argv[2], count))))
+        print(json.dumps(run(trial(sys.argv[2], count))))
         return
     rounds = [{way: child(way, count) for way in WAYS} for _ in range(ROUNDS)]
     print(f"{count} Services of two addresses each, median of {ROUNDS} rounds")

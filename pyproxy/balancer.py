@@ -46,15 +46,16 @@ class Picker:
         self._open: dict[Address, int] = {}
 
     def use(self, pools: Collection[Pool]) -> None:
-        """Compute the turns of these pools, and forget all others.
+        """Have turns for these pools, and forget all others.
 
-        A pool that equals an old one goes on where that was.
+        A pool that equals an old one goes on where that was. Most pools see no client for long:
+        what a turn is is computed when the first comes.
         """
         old = list(self._turns.values())
         self._turns = {}
         for pool in pools:
             same = next((turn for turn in old if turn.pool == pool), None)
-            self._turns[id(pool)] = same.of(pool) if same else Turn(pool, self._choose)
+            self._turns[id(pool)] = same.of(pool) if same else Turn(pool)
 
     def pick(
         self, pool: Pool, client: str, now: float, avoid: Collection[Address] = NOBODY
@@ -65,6 +66,8 @@ class Picker:
         client's affinity moves to it.
         """
         turn = self._turns[id(pool)]
+        if not turn.cycle:
+            turn.begin(self._choose)
         seconds = pool.affinity_seconds
         if seconds is None:
             return self._scheduled(turn, client, avoid)
@@ -86,7 +89,7 @@ class Picker:
         return address
 
     def is_local(self, pool: Pool, backend: Address) -> bool:
-        """Say whether a backend of a pool that is in use is on this node."""
+        """Say whether a backend that this pool has given is on this node."""
         return backend in self._turns[id(pool)].local
 
     def opened(self, backend: Address) -> None:
@@ -139,16 +142,22 @@ class Picker:
 
 
 class Turn:
-    """One full cycle of a pool, and where it is."""
+    """One full cycle of a pool, and where it is. It has begun when somebody is given a backend."""
 
     __slots__ = ("at", "cycle", "local", "members", "pool", "scheduler")
 
-    def __init__(self, pool: Pool, choose: Callable[[int], int]) -> None:
+    def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.scheduler: Scheduler | None = pool.scheduler
-        self.cycle = turn_of(pool)
+        self.cycle: tuple[Address, ...] = ()  # until it begins
+        self.members: frozenset[Address] = frozenset()
+        self.local: frozenset[Address] = frozenset()
+        self.at = 0
+
+    def begin(self, choose: Callable[[int], int]) -> None:
+        self.cycle = turn_of(self.pool)
         self.members = frozenset(self.cycle)
-        self.local = frozenset([b.address for b in pool.backends if b.is_local])
+        self.local = frozenset([b.address for b in self.pool.backends if b.is_local])
         count = len(self.cycle)  # nodes must not all begin with the same backend
         self.at = choose(count) if count > 1 else 0
 

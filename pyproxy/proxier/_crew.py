@@ -81,8 +81,7 @@ class Crew:
         self._admits = False
         self._next = 0
         self._settled = asyncio.Event()
-        # Whoever has locked the byte of a pair looks after it when this process is gone.
-        self._lock = os.memfd_create("pyproxy")
+        self._lock = -1  # until there are workers
         self._keepers: list[asyncio.Task[None]] = []
 
     def start(
@@ -90,6 +89,9 @@ class Crew:
     ) -> None:
         """Start so many workers, and have each replaced that ends."""
         self._count = count
+        if count:
+            # Whoever has locked the byte of a pair looks after it when this process is gone.
+            self._lock = os.memfd_create("pyproxy")
         for number in range(1, self._count + 1):
             job = self._keep(number, place, manner, logging_)
             name = f"worker {number} IPv{manner.family}"
@@ -309,7 +311,7 @@ class Crew:
             for member in members:
                 member.tell(Stop())
         await asyncio.gather(*(self._end(member) for member in members))
-        os.close(self._lock)
+        self._unlock()
 
     def leave(self, seconds: float) -> None:
         """Let go of all workers, which serve on for so long."""
@@ -318,7 +320,12 @@ class Crew:
         for member in self._members.values():
             member.tell(Leave(seconds))
             member.close()
-        os.close(self._lock)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
     async def _end(self, member: Member) -> None:
         try:

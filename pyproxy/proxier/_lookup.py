@@ -128,6 +128,7 @@ class Lookup:
                 self._link = _bpf.create_link(self._loaded, namespace, _bpf.ATTACH_SK_LOOKUP)
             finally:
                 os.close(namespace)
+            self._loaded.close()  # the link keeps the program
             self._handles.append(self._link)
         for number, networks in self._unused:
             self._networks.discard(network_key(network, number) for network in networks)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyproxy.balancer import BY_CONNECTIONS, SLOTS_EACH, Turn
+from pyproxy.balancer import BY_CONNECTIONS, SLOTS_EACH, turn_of
 from pyproxy.model import Address, Backend, Forward, Frontend, Pool, PortPlan, Route
 from pyproxy.rules import iptables, ipvs, nftables, socketlb
 from pyproxy.rules.listeners import Listener
@@ -67,7 +67,7 @@ def in_ipvs(plan, pool):
 
 
 def in_sockets(plan, pool):
-    turn = Counter(Turn(pool, lambda _: 0).cycle)
+    turn = Counter(turn_of(pool))
     listener = Listener(plan.owner, plan.routes[0], frozenset())
     if (held := socketlb.content(FRONTEND, listener, None, 0)) is not None:
         slots = Counter(held.slots.values())
