@@ -288,7 +288,7 @@ async def serving(
         watchdogs = [until_changed(Path(options.config), text)] if text is not None else []
         app = App(settings, feed, metrics, SystemClock())
         if move is not None:
-            watchdogs.append(move.run(app))
+            watchdogs += [move.run(app), move.free_ports()]
         await app.run(*watchdogs)
     except (Fatal, FeedError) as error:
         return fail(str(error))

@@ -30,6 +30,7 @@ PROBE_ATTEMPTS = 3
 PROBES = 20
 MOST_BACKENDS = 5  # that a probe asks directly
 LOOKS, PAUSE_SECONDS = 20, 0.05  # between two syncs
+LAST_SECONDS = 1.0  # for what is relayed when NAT begins: most requests take less
 T = TypeVar("T")
 
 Say = Callable[[str], None]
@@ -207,6 +208,18 @@ class Migration:
         elif self._waits:
             await clean_up_after_others(self._config, asyncio.get_running_loop().time)
 
+    async def free_ports(self) -> None:
+        """Until the move is made, let clients have ports that were relayed in their names."""
+        while (relayed := self._relayed()) and not self._is_over:
+            for other in relayed:
+                await other.silence()
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    def _relayed(self) -> list[Other]:
+        """Return what relayed so far, where the new mode leads past it."""
+        others = [other for other in self._now.others if other.mode == "userspace"]
+        return [] if self._asked.to == "userspace" else others
+
     async def undo(self) -> bool:
         """If the move was not made, remove the new rules; say whether it was."""
         if self._is_over:
@@ -234,6 +247,7 @@ class Migration:
         )
         if self._now.running is not None:
             await self._probe(plans, "beside the other proxy")
+            await asyncio.sleep(LAST_SECONDS if self._relayed() else 0)
             self._is_over = True
             self._say("left: what the other proxy serves by; pyproxy run removes it when that ends")
             return

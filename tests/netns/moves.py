@@ -34,6 +34,7 @@ CLIENTS6 = {
 }
 OWN_TABLES = (" pyproxy", " pyproxy-ipvs", " kube-proxy")
 NAME = "canary"
+IP_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 MOVING = "my-nginx"  # the Service of the cluster IP, as another proxy's name for it is CLUSTER
 STATIONS = ("ipvs", "iptables", "ipvs again", "nftables")  # of a tour
 NOBODY = ("nobody-home", "10.96.0.14", 80)  # a Service without endpoints
@@ -43,9 +44,8 @@ BLOCK = (  # nobody but pods reaches the cluster IP that a probe from the node a
 )
 
 
-# A connection made in a client's name leaves its port in use here for a minute, or until that
-# is ended: whoever comes to the same backend from it meanwhile, past the relay, gets no answer.
-ANONYMOUS = ("--userspace-keep-client-address=false",)
+# Few, so that clients and who relays in their names choose the same: as after hours elsewhere.
+PORTS = "40000 41000"
 # What a CNI plugin has on nearly every node: so that NAT and connection tracking are always on.
 CNI = """
 table ip cni { chain post { type nat hook postrouting priority 100; }; }
@@ -99,7 +99,7 @@ class Scene:
     @asynccontextmanager
     async def proxy(self, mode, command=("run",)):
         """Have a proxy serve for the length of a block; its rules stay."""
-        words = (*arguments(self.manifests, mode, ipv6=self.lab.ipv6), *ANONYMOUS)
+        words = arguments(self.manifests, mode, ipv6=self.lab.ipv6)
         program = (sys.executable, "-m", "pyproxy", *command, "--control-socket", "")
         log = self.folder / f"{command[0]}-{mode}.log"
         if command[0] == "migrate":
@@ -128,6 +128,12 @@ class Scene:
             except TimeoutError as error:
                 raise AssertionError(f"no end of the move:{tail(log)}") from error
         return Ended(code, log.read_text())
+
+    def narrow_ports(self):
+        """Have few ports for connections from the node, where it relays, and from its pod."""
+        for machine in (NODE, SHELL.name):
+            with self.lab.inside(machine):
+                IP_PORTS.write_text(PORTS, encoding="ascii")
 
     def label(self, *names):
         """Give the label of a proxy to these Services, and to no others."""
@@ -242,6 +248,7 @@ async def left(scene, traffic, old, new):
 
     What it carries lives as long as it does: the long connections are made anew after the move.
     """
+    scene.narrow_ports()
     async with traffic.flowing():
         traffic.stop()
         async with scene.proxy(old):

@@ -136,6 +136,50 @@ async def test_whoever_comes_next_may_use_the_ports_of_connections_that_have_end
     assert waiting(family) == []
 
 
+TELLER = """
+import socket, sys
+kind = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+server = socket.create_server((sys.argv[1], int(sys.argv[2])), family=kind)
+print("ready", flush=True)
+held = []
+while True:
+    sock, peer = server.accept()
+    sock.sendall(b"%d" % peer[1])
+    held.append(sock)
+"""
+HOLDER = """
+import socket, sys
+held = [socket.create_connection((sys.argv[1], 80), 3) for _ in range(60)]
+print(*(sock.recv(9).decode() for sock in held))
+"""
+
+
+@both
+async def test_it_connects_from_ports_that_clients_choose_last(family, machines, few_ports):
+    outside, pod = machines
+    python = sys.executable, "-c"
+    async with served(family) as (node, vip):
+        await node.endpoints("web", Address(POD[family], 8081))
+        with started(pod.command(*python, TELLER, POD[family], "8081")):
+            words = outside.command(*python, HOLDER, vip)
+            holder = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+            output, _ = await holder.communicate()
+    ports = [int(word) for word in output.split()]
+    assert len(set(ports)) == 60
+    assert set(ports) < set(few_ports)
+    assert sum(port % 2 for port in ports[:40]) > 30, "but those that somebody has bound"
+    assert [port % 2 for port in ports[50:]] == 10 * [0], "as there are no others"
+
+
+@pytest.fixture
+def few_ports():
+    """Ports of this node: 50 that are even, and 50 that are not."""
+    before = _transparent.PORT_RANGE.read_text(encoding="ascii")
+    _transparent.PORT_RANGE.write_text("40000 40099", encoding="ascii")
+    yield range(40000, 40100)
+    _transparent.PORT_RANGE.write_text(before, encoding="ascii")
+
+
 def waiting(family):
     """The connections that the client's address still has here, though nobody has them open."""
     words = ["ss", "-Htan", f"-{family}", "state", "time-wait"]
