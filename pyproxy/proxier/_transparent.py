@@ -41,11 +41,22 @@ from pyproxy.proxier._sockdiag import forget_waiting
 from pyproxy.proxier._sockets import OPTIONS
 from pyproxy.reconcile import Difference
 from pyproxy.rules.listeners import Surroundings, origin_of
-from pyproxy.rules.nft import Chain, Hook, MatchTransparent, Rule, SetMark, Table
+from pyproxy.rules.nft import (
+    Chain,
+    Hook,
+    MatchMark,
+    MatchTransparent,
+    Rule,
+    SetMark,
+    Table,
+    ToggleMark,
+)
 from pyproxy.rules.tproxy import AFTER_DSTNAT
 
 TABLE_NAME = "pyproxy-userspace"
 CHAIN = Chain("prerouting", Hook("filter", "prerouting", AFTER_DSTNAT))
+# What comes to a Service is marked too. Virtual servers, which are next, would send it by the mark.
+ARRIVED = Chain("input", Hook("filter", "input", 0))
 MARK = 0x1000  # 0x2000 is CNI's plugin portmap, 0x4000 and 0x8000 are Kubernetes'
 IP_BIND_ADDRESS_NO_PORT = 24
 IP_LOCAL_PORT_RANGE = 51  # Linux 6.3
@@ -314,8 +325,9 @@ NO_NF_TABLES = (errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 
 def whole(family: Family) -> Whole:
-    rule = Rule(CHAIN.name, (MatchTransparent(), SetMark(MARK)))
-    return Whole(nf_table(family), (CHAIN,), (rule,))
+    leads = Rule(CHAIN.name, (MatchTransparent(), SetMark(MARK)))
+    has_led = Rule(ARRIVED.name, (MatchMark(MARK), ToggleMark(MARK)))
+    return Whole(nf_table(family), (CHAIN, ARRIVED), (leads, has_led))
 
 
 def nf_table(family: Family) -> Table:

@@ -105,6 +105,30 @@ async def test_packets_that_a_port_mapping_of_the_cni_has_marked_go_their_way(ma
             await asyncio.to_thread(done, "nft", "delete", "table", "ip", "portmap")
 
 
+AFTER = """table inet after { chain c { type filter hook input priority 90;
+ tcp dport 80 counter; meta mark and 0x1000 == 0x1000 counter; }; }"""
+
+
+@both
+async def test_what_has_arrived_is_not_marked_any_more(family, machines):
+    """Virtual servers of mode ipvs, which a node may move to, would send it by that."""
+    outside, _pod = machines
+    async with served(family) as (_node, vip):
+        await asyncio.to_thread(done, "nft", AFTER)
+        assert await outside.asks(vip, count=TRIALS) == {OUTSIDE[family]: TRIALS}
+        arrived, marked = await asyncio.to_thread(counted)
+        await asyncio.to_thread(done, "nft", "delete", "table", "inet", "after")
+    assert arrived > TRIALS
+    assert marked == 0
+
+
+def counted():
+    words = ["nft", "list", "table", "inet", "after"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        lines = [line.split() for line in process.communicate()[0].splitlines()]
+    return [int(line[line.index("packets") + 1]) for line in lines if "packets" in line]
+
+
 LISTENER = """
 import socket, sys
 kind = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
