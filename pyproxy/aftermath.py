@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
 from pyproxy import child
@@ -11,6 +11,7 @@ from pyproxy.config.text import duration_text
 
 CLEANUP_SECONDS = 300.0  # that it may take at most: it starts programs, and all of Python
 POLL_SECONDS = 30.0  # between looks whether what is left is idle: a process each
+LOOK_SECONDS, TELL_SECONDS = 1.0, 30.0  # of who waits for connections, and says so
 WAITS: Final = 3  # the exit code of a cleanup that has to be repeated
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,27 @@ async def clean_up_after_others(config: Config, clock: Callable[[], float]) -> N
         left = await cleaned_up_after_others(config, patient=clock() < until)
     if left is not None:
         log.warning("cannot clean up after others", extra={"error": left.what})
+
+
+async def outlast(
+    held: Callable[[], Awaitable[int]],
+    config: Config,
+    clock: Callable[[], float],
+    say: Callable[[str], None],
+) -> Left | None:
+    """Wait until virtual servers hold no connections, and remove them; return what is left.
+
+    It is waited for no longer than ``ipvs.drainTimeout``: then the connections end with them.
+    """
+    until, tell_at = clock() + config.ipvs.drain_timeout_seconds, clock()
+    while (count := await held()) and (rest := until - clock()) > 0:
+        if clock() >= tell_at:
+            say(f"waiting for {count} connections of virtual servers, for {rest:.0f} s at most")
+            tell_at = clock() + TELL_SECONDS
+        await asyncio.sleep(LOOK_SECONDS)
+    if count:
+        say(f"{count} connections of virtual servers end now, as ipvs.drainTimeout asks")
+    return await cleaned_up_after_others(config, patient=False)
 
 
 async def cleaned_up_after_others(config: Config, *, patient: bool = True) -> Left | None:

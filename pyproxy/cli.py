@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -136,11 +137,26 @@ def render(words: Sequence[str]) -> int:
 
 
 def migrate(words: Sequence[str]) -> int:
-    """Move this node's traffic to another mode, and end or stay as the words say."""
-    from pyproxy.log import setup
-    from pyproxy.migration import request
+    """Move this node's traffic to another mode, in one move or in two; end or stay as asked."""
+    from pyproxy.migration import DETOUR, request
 
     asked, shared = request(words)
+    code = make_move(asked, shared)
+    if code != DETOUR:
+        return code
+    first = asked.stopover()
+    if make_move(first, shared):
+        return 1
+    show(f"mode {first.to} serves, and goes on if the move to {asked.to} fails")
+    gc.unfreeze()  # what the app of the first move left
+    code = make_move(asked, shared)
+    return fail("migrate: there are new virtual servers") if code == DETOUR else code
+
+
+def make_move(asked: "migration.Request", shared: Sequence[str]) -> int:
+    """Make one move, with the flags that are shared with ``run``; return the exit code."""
+    from pyproxy.log import setup
+
     options = parse(shared)
     if not options.config:  # some flags mean another setting in each mode
         options = parse([*shared, f"--proxy-mode={asked.to}"])
@@ -211,7 +227,7 @@ async def migrating(
     """Look what there is, say what becomes of it, and make it so."""
     from pyproxy.doctor.findings import worth_a_warning
     from pyproxy.doctor.look import quickly
-    from pyproxy.migration import Migration, described, obstacle, situation
+    from pyproxy.migration import DETOUR, Migration, described, obstacle, situation, way
     from pyproxy.process import families
     from pyproxy.proxier._others import OthersError
 
@@ -219,7 +235,7 @@ async def migrating(
         now = await situation(config, families())
     except OthersError as error:
         return fail(f"migrate: {error}")
-    show(f"from: {described(now)}\nto: {config.mode}")
+    show(f"from: {described(now)}\nto: {way(now, config)}")
     findings = worth_a_warning(await asyncio.to_thread(quickly, config, config.mode, families()))
     for finding in findings:
         show(f"{finding.severity}: {finding.subject}: {finding.what} (fix: {finding.fix})")
@@ -230,6 +246,8 @@ async def migrating(
         return fail(f"migrate: {problem}")
     if asked.dry_run:
         return 0
+    if now.held:
+        return DETOUR
     if not asked.then_run:
         config = replace(config, healthz_bind_address="", metrics_bind_address=ANY_PORT)
         options = replace(options, control_socket="", state_dir="")
@@ -288,7 +306,7 @@ async def serving(
         watchdogs = [until_changed(Path(options.config), text)] if text is not None else []
         app = App(settings, feed, metrics, SystemClock())
         if move is not None:
-            watchdogs.append(move.run(app))
+            watchdogs += [move.run(app), move.free_ports()]
         await app.run(*watchdogs)
     except (Fatal, FeedError) as error:
         return fail(str(error))

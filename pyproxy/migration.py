@@ -9,12 +9,14 @@ import argparse
 import asyncio
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from pyproxy import proxier
-from pyproxy.aftermath import clean_up_after_others, cleaned_up_after_others
+from pyproxy.aftermath import clean_up_after_others, cleaned_up_after_others, outlast
 from pyproxy.app import App, Fatal
 from pyproxy.config import NAT_MODES, Config
+from pyproxy.config.text import duration_text
 from pyproxy.feed import Feed
 from pyproxy.http import parse_bind
 from pyproxy.lane import Lane
@@ -28,8 +30,11 @@ WRITE_SECONDS = 120.0
 PROBE_SECONDS = 2.0
 PROBE_ATTEMPTS = 3
 PROBES = 20
+STOPOVER = "nftables"
+DETOUR = 3  # the exit code of a look that found that it takes two moves
 MOST_BACKENDS = 5  # that a probe asks directly
 LOOKS, PAUSE_SECONDS = 20, 0.05  # between two syncs
+LAST_SECONDS = 1.0  # for what is relayed when NAT begins: most requests take less
 T = TypeVar("T")
 
 Say = Callable[[str], None]
@@ -42,6 +47,11 @@ class Request(NamedTuple):
     then_run: bool
     dry_run: bool
     probes: int
+    is_stopover: bool = False  # serve until virtual servers hold nothing, then end
+
+    def stopover(self) -> "Request":
+        """Return the first of two moves, where virtual servers have what sockets cannot have."""
+        return self._replace(to=STOPOVER, is_stopover=True)
 
 
 class Probe(NamedTuple):
@@ -57,6 +67,7 @@ class Situation(NamedTuple):
     others: tuple[Other, ...]
     running: str | None  # the mode of the proxy that runs, "" if it does not tell
     held: int = 0  # connections of virtual servers, which sockets cannot take over
+    no_stopover: str | None = None  # why their end cannot be waited for in another mode
 
 
 class QuietFeed:
@@ -113,7 +124,8 @@ async def situation(config: Config, families: Sequence[Family]) -> Situation:
     """Look who carries traffic here. Raises ``OthersError``."""
     others = [other for family in families for other in await found(family)]
     held = await connections(families, config) if config.mode == "userspace" else 0
-    return Situation(tuple(others), await running_mode(config), held)
+    no_stopover = proxier.load(STOPOVER).unsupported() if held else None
+    return Situation(tuple(others), await running_mode(config), held, no_stopover)
 
 
 async def running_mode(config: Config) -> str | None:
@@ -149,10 +161,11 @@ def obstacle(asked: Request, now: Situation) -> str | None:
     running = now.running
     if asked.to == "userspace" and not asked.then_run:
         return "mode userspace lives in its process: add --then-run, or start the DaemonSet instead"
-    if now.held:
+    if now.no_stopover is not None:
         return (
-            f"{now.held} connections of virtual servers would be cut: move to nftables, and on to "
-            "userspace when they have ended (or give --ipvs-drain-timeout=0, which cuts them)"
+            f"{now.held} connections of virtual servers would be cut, and mode {STOPOVER}, in which"
+            f" their end can be waited for, cannot work on this node: {now.no_stopover} (give"
+            " --ipvs-drain-timeout=0 to cut them)"
         )
     if running is None:
         return None
@@ -162,6 +175,17 @@ def obstacle(asked: Request, now: Situation) -> str | None:
     if asked.then_run:
         return f"{name} runs here, on the ports of this one: stop it, its rules stay, and serve"
     return None
+
+
+def way(now: Situation, config: Config) -> str:
+    """Return, in words, where the move leads, and by way of what."""
+    if not now.held or now.no_stopover is not None:
+        return config.mode
+    most = duration_text(config.ipvs.drain_timeout_seconds)
+    return (
+        f"{config.mode}, by way of {STOPOVER}: move there, serve until {now.held} connections of"
+        f" virtual servers have ended (at most {most}, as ipvs.drainTimeout asks), and move on"
+    )
 
 
 def described(now: Situation) -> str:
@@ -187,6 +211,7 @@ class Migration:
         self._written: tuple[tuple[Lane, Proxier], ...] = ()
         self._is_over = False  # and cannot be undone
         self._waits = False  # what was there before, for the end of its connections
+        self._may_go_on = False  # to another move: nobody asked to end before this one has
 
     def feed(self, feed: Feed) -> Feed:
         """Return what the app is to follow."""
@@ -202,15 +227,38 @@ class Migration:
             self._written = app.carriers()
             if not self._is_over:
                 await self._wake()
-        if not self._asked.then_run:
+        if self._waits and self._asked.is_stopover:
+            await self._outlast([lane.family for lane, _carrier in app.carriers()])
+        self._may_go_on = True
+        if self._asked.is_stopover or not self._asked.then_run:
             app.stop()
         elif self._waits:
             await clean_up_after_others(self._config, asyncio.get_running_loop().time)
 
+    async def _outlast(self, families: Sequence[Family]) -> None:
+        """Serve until virtual servers have ended. Raises ``Fatal`` where they do not."""
+        held = partial(connections, families, self._config)
+        clock = asyncio.get_running_loop().time
+        if left := await outlast(held, self._config, clock, self._say):
+            raise Fatal(f"migrate: {self._asked.to} serves, and of the old is left: {left.what}")
+        self._say("removed: virtual servers")
+
+    async def free_ports(self) -> None:
+        """Until the move is made, let clients have ports that were relayed in their names."""
+        while (relayed := self._relayed()) and not self._is_over:
+            for other in relayed:
+                await other.silence()
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    def _relayed(self) -> list[Other]:
+        """Return what relayed so far, where the new mode leads past it."""
+        others = [other for other in self._now.others if other.mode == "userspace"]
+        return [] if self._asked.to == "userspace" else others
+
     async def undo(self) -> bool:
-        """If the move was not made, remove the new rules; say whether it was."""
+        """If the move was not made, remove the new rules; say whether it was, and to its end."""
         if self._is_over:
-            return True
+            return self._may_go_on or not self._asked.is_stopover
         if any(other.continues_as(self._asked.to) for other in self._now.others):
             self._say(f"rules of mode {self._asked.to} were here before: they stay as they are now")
             return False
@@ -219,7 +267,8 @@ class Migration:
                 await carrier.clear()
             except ApplyError as error:
                 self._say(f"cannot remove the new rules: {error}")
-        self._say(f"rolled back: mode {self._asked.to} has no rules, and the others are as before")
+        before = ", ".join(map(str, self._now.others)) or "nobody"
+        self._say(f"rolled back: mode {self._asked.to} has no rules; as before serves: {before}")
         return False
 
     async def _move(self, app: App) -> None:
@@ -234,6 +283,7 @@ class Migration:
         )
         if self._now.running is not None:
             await self._probe(plans, "beside the other proxy")
+            await asyncio.sleep(LAST_SECONDS if self._relayed() else 0)
             self._is_over = True
             self._say("left: what the other proxy serves by; pyproxy run removes it when that ends")
             return

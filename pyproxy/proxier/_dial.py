@@ -2,7 +2,7 @@
 
 import socket
 from contextlib import suppress
-from errno import EALREADY, EINPROGRESS, EINVAL
+from errno import EADDRNOTAVAIL, EALREADY, EINPROGRESS, EINVAL
 from socket import IPPROTO_TCP, TCP_CONGESTION, SocketType
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from pyproxy.proxier._meter import Meter
 from pyproxy.proxier._poller import ERROR, HUP
 from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES
 from pyproxy.proxier._tcp import TcpConnection, TcpRelay
-from pyproxy.proxier._transparent import dress
+from pyproxy.proxier._transparent import dress, take_any_port
 from pyproxy.rules.listeners import Surroundings
 
 TIMEOUTS = (0.25, 0.5, 1.0, 2.0)  # seconds; kube-proxy's userspace mode had the same
@@ -168,11 +168,17 @@ class Dial:
         if transparent is not None:
             guise = transparent.guise(action, self._ip, address, now)
         self._is_dressed = guise is not None
-        if guise is not None:
-            try:
-                dress(backend, guise)
-            except OSError as error:
-                return error.errno or EINVAL
+        if transparent is None or guise is None:
+            return called(backend, address)
+        try:
+            dress(backend, guise)
+        except OSError as error:
+            return error.errno or EINVAL
+        transparent.prefer_port(backend)
+        code = called(backend, address)
+        if code != EADDRNOTAVAIL:
+            return code
+        take_any_port(backend)
         return called(backend, address)
 
     def _drop(self) -> None:

@@ -7,15 +7,17 @@ their flows are forgotten, and what comes next meets the new rules.
 
 import asyncio
 import errno
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from ipaddress import ip_address
+from pathlib import Path
 
 from pyproxy.config import Config, is_beside, networks_of
-from pyproxy.model import Family, Frontend, Network
+from pyproxy.model import Address, Family, Frontend, Network
 from pyproxy.proxier import _ipvsnl as nl
 from pyproxy.proxier._conntrack import Conntrack
-from pyproxy.proxier._ipvsnl import Ipvs, Request
+from pyproxy.proxier._ipvsnl import Busy, Ipvs, Request
 from pyproxy.proxier._kubeipvs import shown_addresses
 from pyproxy.proxier._nfnetlink import NfError
 from pyproxy.proxier._nftarget import delete_tables
@@ -24,6 +26,8 @@ from pyproxy.rules import ipvs_base
 from pyproxy.rules.ipvs import Destination
 
 NO_SERVERS: frozenset[Frontend] = frozenset()
+ENTRIES = Path("/proc/thread-self/net/ip_vs_conn")
+FEW = 10_000  # connections, so that it is worth while to look whether they are any
 
 
 async def connections(families: Iterable[Family], config: Config) -> int:
@@ -83,12 +87,7 @@ def active(family: Family, spared: tuple[Network, ...]) -> int:
     """
     with closing(Ipvs(family)) as ipvs:
         servers = [*ipvs.servers(), *those_of_kube_proxy(ipvs, family, spared)]
-        return sum(
-            destination.active
-            for server in servers
-            if server.proto != "UDP"
-            for destination in ipvs.destinations(server).values()
-        )
+        return sum(busy.active for there in held(ipvs, servers).values() for busy in there.values())
 
 
 def those_of_kube_proxy(
@@ -108,8 +107,7 @@ def drained(
     """Return which servers have connections, and what takes away all that have none."""
     busy: set[Frontend] = set()
     requests: list[Request] = []
-    for server in servers:
-        there = {} if server.proto == "UDP" else ipvs.destinations(server)
+    for server, there in held(ipvs, servers).items():
         used = {address for address, found in there.items() if not found.is_idle(doomed=True)}
         if not used:
             requests.append(nl.delete_server(server))
@@ -122,6 +120,44 @@ def drained(
             elif found.weight:
                 requests.append(nl.set_destination(destination, 0))
     return frozenset(busy), requests
+
+
+def held(ipvs: Ipvs, servers: Iterable[Frontend]) -> dict[Frontend, dict[Address, Busy]]:
+    """Return the destinations of servers, of UDP none, and what connections they really have."""
+    found = {
+        server: {} if server.proto == "UDP" else ipvs.destinations(server) for server in servers
+    }
+    if not 0 < sum(busy.active for there in found.values() for busy in there.values()) < FEW:
+        return found
+    with suppress(OSError), ENTRIES.open(encoding="ascii") as lines:
+        for destination, count in revived(lines).items():
+            there = found.get(destination.server, {})
+            if busy := there.get(destination.address):
+                there[destination.address] = busy._replace(active=max(busy.active - count, 0))
+    return found
+
+
+def revived(lines: Iterable[str]) -> Counter[Destination]:
+    """Return what the kernel's table of connections counts as active, and has ended.
+
+    An entry stays for two minutes after its end. If the client comes to the same backend from the
+    same port meanwhile, by NAT, IPVS takes the answer for one to its entry, and that is in SYN_SENT
+    until two minutes after the last answer. Nothing gets there through a virtual server.
+    Linux: ip_vs_proto_tcp.c, tcp_states; ip_vs_conn.c, ip_vs_conn_seq_show.
+    """
+    found: Counter[Destination] = Counter()
+    for line in lines:
+        match line.split():
+            case ["TCP", _, _, vip, vport, ip, port, "SYN_SENT", *_]:
+                server = Frontend(printed(vip), int(vport, 16), "TCP")
+                found[Destination(server, Address(printed(ip), int(port, 16)))] += 1
+            case _:
+                pass
+    return found
+
+
+def printed(ip: str) -> str:
+    return str(ip_address(ip if ":" in ip else int(ip, 16)))
 
 
 def lead_away_all_but(family: Family, needed: Collection[str]) -> None:

@@ -15,9 +15,12 @@ import errno
 import logging
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
+from itertools import count
 from math import ceil
+from pathlib import Path
+from random import randrange
 from socket import IPPROTO_IP, IPPROTO_IPV6, SocketType
 from typing import NamedTuple
 
@@ -38,13 +41,28 @@ from pyproxy.proxier._sockdiag import forget_waiting
 from pyproxy.proxier._sockets import OPTIONS
 from pyproxy.reconcile import Difference
 from pyproxy.rules.listeners import Surroundings, origin_of
-from pyproxy.rules.nft import Chain, Hook, MatchTransparent, Rule, SetMark, Table
+from pyproxy.rules.nft import (
+    Chain,
+    Hook,
+    MatchMark,
+    MatchTransparent,
+    Rule,
+    SetMark,
+    Table,
+    ToggleMark,
+)
 from pyproxy.rules.tproxy import AFTER_DSTNAT
 
 TABLE_NAME = "pyproxy-userspace"
 CHAIN = Chain("prerouting", Hook("filter", "prerouting", AFTER_DSTNAT))
+# What comes to a Service is marked too. Virtual servers, which are next, would send it by the mark.
+ARRIVED = Chain("input", Hook("filter", "input", 0))
 MARK = 0x1000  # 0x2000 is CNI's plugin portmap, 0x4000 and 0x8000 are Kubernetes'
 IP_BIND_ADDRESS_NO_PORT = 24
+IP_LOCAL_PORT_RANGE = 51  # Linux 6.3
+PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+PORTS = 32768, 60999  # as Linux has it
+ANY_PORT = bytes(4)
 ROUTES = 98 << 24 | 1  # a routing table of our own
 TABLE = struct.pack("=I", ROUTES)
 RULE_PRIORITY = 97
@@ -84,6 +102,7 @@ class Transparent:
         self._lifts: bool | None = None  # None: nobody has asked yet
         self._udp_seconds: int | None = None  # None: another process installed what there is
         self._distrusted: dict[Address, float] = {}
+        self._ports = ports_of_few()
 
     @property
     def is_on(self) -> bool:
@@ -156,6 +175,15 @@ class Transparent:
         is_bridged = near == far
         return Guise(ip, is_bridged) if not is_bridged or self._can_lift(near, now) else None
 
+    def prefer_port(self, sock: SocketType) -> None:
+        """Have a TCP socket connect with a port that the client itself hardly uses.
+
+        Else that client's connections past the relay would now and then meet this socket: the
+        kernel takes their answers for its own. Where the port is in use, EADDRNOTAVAIL follows.
+        """
+        with suppress(OSError):
+            sock.setsockopt(IPPROTO_IP, IP_LOCAL_PORT_RANGE, next(self._ports))
+
     def distrust(self, backend: Address, now: float) -> None:
         """Take note that a backend did not answer a client's address."""
         if len(self._distrusted) >= INTERFACES_KEPT:
@@ -204,6 +232,26 @@ def dress(sock: SocketType, guise: Guise) -> None:
     if guise.is_bridged:
         lifting.announce(sock)
     sock.bind((guise.ip, 0))
+
+
+def take_any_port(sock: SocketType) -> None:
+    with suppress(OSError):
+        sock.setsockopt(IPPROTO_IP, IP_LOCAL_PORT_RANGE, ANY_PORT)
+
+
+def ports_of_few() -> Iterator[bytes]:
+    """Return for ever, for IP_LOCAL_PORT_RANGE, a port that connect(2) takes when others are used.
+
+    It begins with those that are even if the first of the range is (Linux: __inet_hash_connect).
+    """
+    try:
+        low, high = map(int, PORT_RANGE.read_text(encoding="ascii").split())
+    except OSError:
+        low, high = PORTS
+    ports = range(low + 1, high + 1, 2) or range(low, high + 1)
+    begin = randrange(len(ports))  # workers shall not try the same
+    chosen = (ports[number % len(ports)] for number in count(begin))
+    return (struct.pack("=I", port << 16 | port) for port in chosen)
 
 
 def interface_to(family: Family, netlink: Netlink, ip: str) -> int:
@@ -277,8 +325,9 @@ NO_NF_TABLES = (errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 
 def whole(family: Family) -> Whole:
-    rule = Rule(CHAIN.name, (MatchTransparent(), SetMark(MARK)))
-    return Whole(nf_table(family), (CHAIN,), (rule,))
+    leads = Rule(CHAIN.name, (MatchTransparent(), SetMark(MARK)))
+    has_led = Rule(ARRIVED.name, (MatchMark(MARK), ToggleMark(MARK)))
+    return Whole(nf_table(family), (CHAIN, ARRIVED), (leads, has_led))
 
 
 def nf_table(family: Family) -> Table:

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import socket
 from ipaddress import ip_network
 
 import pytest
@@ -42,6 +43,12 @@ TRACKS = (  # connections are tracked where a rule asks for it
     "table inet tracks { chain c {"
     " type filter hook input priority 0; ct state invalid counter; }; }"
 )
+LEADS = {  # past virtual servers
+    4: "table ip leads {{ chain c {{ type nat hook prerouting priority -100;"
+    " ip daddr {} tcp dport 80 dnat to {}; }}; }}",
+    6: "table ip6 leads {{ chain c {{ type nat hook prerouting priority -100;"
+    " ip6 daddr {} tcp dport 80 dnat to {}; }}; }}",
+}
 BALANCED = {4: "198.18.0.7", 6: "fd00:198:18::7"}
 
 
@@ -342,6 +349,34 @@ async def test_what_kube_proxy_left_stays_while_it_has_connections(family, ipvs,
         async with asyncio.timeout(PATIENCE_SECONDS):
             while in_use(family, ()):  # noqa: ASYNC110 - the kernel tells nobody
                 await asyncio.sleep(0.1)
+    assert not ipvs.servers(ours=False)
+    assert await load("ipvs").cleanup(family, Config()) is None
+
+
+async def test_answers_by_nat_to_the_port_of_one_that_has_ended_are_no_connection(
+    family, ipvs, kube_ipvs
+):
+    web, other = (Frontend(VIP[family].format(n), 80, "TCP") for n in (9, 8))
+    assert not [told for told in load("ipvs").prepare(Config()) if "net.ipv4.vs" in told]
+    place, backend = Address(web.ip, web.port), Address(POD[family]["b"], lab.PORT)
+    lab.batch(lab.address(web.ip, kube_ipvs, lab.BITS[family]))
+    output_of("ipvsadm", "-A", "-t", str(place), "-s", "rr")
+    output_of("ipvsadm", "-a", "-t", str(place), "-r", str(backend), "-m")
+    output_of("nft", "-f", "-", text=LEADS[family].format(other.ip, backend))
+    async with lab.pods(family, "TCP"):
+        clients = [Client("a", ip, 80, "TCP", None) for ip in (web.ip, other.ip)]
+        for client in clients:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            client.sock.bind((POD[family]["a"], 40000))
+            await client.connect()
+            assert (await client.say()).pod == "b"
+            if client.peer[0] == web.ip:
+                client.close()
+        assert ipvs.destinations(web)[backend].active == 1, "as IPVS counts"
+        assert active(family, ()) == 0
+        assert in_use(family, ()) == frozenset()
+        clients[1].close()
+    output_of("nft", "delete", "table", {4: "ip", 6: "ip6"}[family], "leads")
     assert not ipvs.servers(ours=False)
     assert await load("ipvs").cleanup(family, Config()) is None
 

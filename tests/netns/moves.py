@@ -5,9 +5,11 @@ A program of its own: it moves into namespaces that it never leaves. It prints w
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -34,8 +36,9 @@ CLIENTS6 = {
 }
 OWN_TABLES = (" pyproxy", " pyproxy-ipvs", " kube-proxy")
 NAME = "canary"
+IP_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 MOVING = "my-nginx"  # the Service of the cluster IP, as another proxy's name for it is CLUSTER
-STATIONS = ("ipvs", "iptables", "ipvs again", "nftables")  # of a tour
+STATIONS = ("ipvs", "iptables", "ipvs again")  # of a tour
 NOBODY = ("nobody-home", "10.96.0.14", 80)  # a Service without endpoints
 BLOCK = (  # nobody but pods reaches the cluster IP that a probe from the node asks
     "table inet block { chain c { type filter hook output priority -150;"
@@ -43,9 +46,8 @@ BLOCK = (  # nobody but pods reaches the cluster IP that a probe from the node a
 )
 
 
-# A connection made in a client's name leaves its port in use here for a minute, or until that
-# is ended: whoever comes to the same backend from it meanwhile, past the relay, gets no answer.
-ANONYMOUS = ("--userspace-keep-client-address=false",)
+# Few, so that clients and who relays in their names choose the same: as after hours elsewhere.
+PORTS = "40000 41000"
 # What a CNI plugin has on nearly every node: so that NAT and connection tracking are always on.
 CNI = """
 table ip cni { chain post { type nat hook postrouting priority 100; }; }
@@ -97,24 +99,36 @@ class Scene:
         return opened
 
     @asynccontextmanager
-    async def proxy(self, mode, command=("run",)):
-        """Have a proxy serve for the length of a block; its rules stay."""
-        words = (*arguments(self.manifests, mode, ipv6=self.lab.ipv6), *ANONYMOUS)
+    async def proxy(self, mode, command=("run",), while_waiting=None):
+        """Have a proxy serve for the length of a block; its rules stay.
+
+        Where it waits for connections of virtual servers first, that is done meanwhile.
+        """
+        words = arguments(self.manifests, mode, ipv6=self.lab.ipv6)
         program = (sys.executable, "-m", "pyproxy", *command, "--control-socket", "")
         log = self.folder / f"{command[0]}-{mode}.log"
         if command[0] == "migrate":
             words = tuple(w for w in words if w not in ("--proxy-mode", mode))
         async with running(self.lab, words, log, program) as process:
             await healthy(self.lab, process, log, self._speed.most_seconds)
-            last = "after the removal" if command[0] == "migrate" else '"serving"'
-            try:
-                async with asyncio.timeout(self._speed.most_seconds):
-                    while last not in log.read_text():
-                        assert process.returncode is None, tail(log)
-                        await asyncio.sleep(0.1)
-            except TimeoutError as error:
-                raise AssertionError(f"no {last!r}:{tail(log)}") from error
+            if while_waiting is not None:
+                await self._said("waiting for", process=process, log=log)
+                while_waiting()
+            migrated = (f"to: {mode}\n", "after the removal")
+            last = migrated if command[0] == "migrate" else ('"serving"',)
+            await self._said(*last, process=process, log=log)
             yield log
+
+    async def _said(self, *words, process, log):
+        """Wait until the log has these words, one after another."""
+        pattern = re.compile(".*?".join(map(re.escape, words)), re.DOTALL)
+        try:
+            async with asyncio.timeout(self._speed.most_seconds):
+                while not pattern.search(log.read_text()):
+                    assert process.returncode is None, tail(log)
+                    await asyncio.sleep(0.1)
+        except TimeoutError as error:
+            raise AssertionError(f"no {words}:{tail(log)}") from error
 
     async def migrate(self, *own):
         shared = arguments(self.manifests, "-", ipv6=self.lab.ipv6)
@@ -128,6 +142,12 @@ class Scene:
             except TimeoutError as error:
                 raise AssertionError(f"no end of the move:{tail(log)}") from error
         return Ended(code, log.read_text())
+
+    def narrow_ports(self):
+        """Have few ports for connections from the node, where it relays, and from its pod."""
+        for machine in (NODE, SHELL.name):
+            with self.lab.inside(machine):
+                IP_PORTS.write_text(PORTS, encoding="ascii")
 
     def label(self, *names):
         """Give the label of a proxy to these Services, and to no others."""
@@ -158,11 +178,6 @@ class Scene:
         tables = [name for name in nft if name.endswith(OWN_TABLES)]
         chains = "KUBE-SERVICES" in self.on_node("iptables-save", "-t", "nat")
         return sorted({*tables, *(["iptables"] if chains else [])})
-
-    def held(self):
-        """Return how many connections virtual servers have that both sides keep open."""
-        rows = [line.split() for line in self.on_node("ipvsadm", "-Ln").splitlines()]
-        return sum(int(row[4]) for row in rows if row[0] == "->" and row[-1].isdigit())
 
     def on_node(self, *words, text=None):
         with subprocess.Popen(
@@ -242,6 +257,7 @@ async def left(scene, traffic, old, new):
 
     What it carries lives as long as it does: the long connections are made anew after the move.
     """
+    scene.narrow_ports()
     async with traffic.flowing():
         traffic.stop()
         async with scene.proxy(old):
@@ -259,8 +275,8 @@ async def left(scene, traffic, old, new):
 async def toured(scene, traffic, old, new):
     """Through mode ipvs again and again, with connections from each station to the end.
 
-    Sockets cannot take over what virtual servers have, nor virtual servers what a process relays:
-    those connections are ended by their clients.
+    Sockets cannot take over what virtual servers have, so the move to them waits for the clients;
+    nor can virtual servers take over what a process relays.
     """
     await begin(scene, old)
     output = ""
@@ -274,12 +290,12 @@ async def toured(scene, traffic, old, new):
                 return Ended(ended.code, output)
             traffic.begin_long(station)
             await traffic.more()
-        async with scene.proxy(mode):
-            await traffic.more()
-        refused = await scene.migrate("--to=userspace", "--then-run")
-        traffic.stop("ipvs", "ipvs again")
-        await scene.until(lambda: not scene.held())
-        async with scene.proxy("userspace", ("migrate", "--then-run", "--to=userspace")) as log:
+            if mode == "iptables":  # beside virtual servers that wait for their end
+                async with scene.proxy(mode):
+                    await traffic.more()
+        command = ("migrate", "--then-run", "--to=userspace")
+        clients_end = partial(traffic.stop, "ipvs", "ipvs again")
+        async with scene.proxy("userspace", command, clients_end) as log:
             traffic.begin_long("userspace")
             await traffic.more()
             ended = await scene.migrate(f"--to={new}")
@@ -288,7 +304,7 @@ async def toured(scene, traffic, old, new):
         await traffic.more()
         async with scene.proxy(new):
             await traffic.more()
-    return Ended(ended.code, output + refused.output + log.read_text() + ended.output)
+    return Ended(ended.code, output + log.read_text() + ended.output)
 
 
 async def beside(scene, traffic, old, new):

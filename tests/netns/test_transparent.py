@@ -105,6 +105,30 @@ async def test_packets_that_a_port_mapping_of_the_cni_has_marked_go_their_way(ma
             await asyncio.to_thread(done, "nft", "delete", "table", "ip", "portmap")
 
 
+AFTER = """table inet after { chain c { type filter hook input priority 90;
+ tcp dport 80 counter; meta mark and 0x1000 == 0x1000 counter; }; }"""
+
+
+@both
+async def test_what_has_arrived_is_not_marked_any_more(family, machines):
+    """Virtual servers of mode ipvs, which a node may move to, would send it by that."""
+    outside, _pod = machines
+    async with served(family) as (_node, vip):
+        await asyncio.to_thread(done, "nft", AFTER)
+        assert await outside.asks(vip, count=TRIALS) == {OUTSIDE[family]: TRIALS}
+        arrived, marked = await asyncio.to_thread(counted)
+        await asyncio.to_thread(done, "nft", "delete", "table", "inet", "after")
+    assert arrived > TRIALS
+    assert marked == 0
+
+
+def counted():
+    words = ["nft", "list", "table", "inet", "after"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        lines = [line.split() for line in process.communicate()[0].splitlines()]
+    return [int(line[line.index("packets") + 1]) for line in lines if "packets" in line]
+
+
 LISTENER = """
 import socket, sys
 kind = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
@@ -134,6 +158,50 @@ async def test_whoever_comes_next_may_use_the_ports_of_connections_that_have_end
             await asyncio.to_thread(outside.run, *python, FIRST_TO_END, vip)
             assert await becomes(True, lambda: bool(waiting(family)))
     assert waiting(family) == []
+
+
+TELLER = """
+import socket, sys
+kind = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+server = socket.create_server((sys.argv[1], int(sys.argv[2])), family=kind)
+print("ready", flush=True)
+held = []
+while True:
+    sock, peer = server.accept()
+    sock.sendall(b"%d" % peer[1])
+    held.append(sock)
+"""
+HOLDER = """
+import socket, sys
+held = [socket.create_connection((sys.argv[1], 80), 3) for _ in range(60)]
+print(*(sock.recv(9).decode() for sock in held))
+"""
+
+
+@both
+async def test_it_connects_from_ports_that_clients_choose_last(family, machines, few_ports):
+    outside, pod = machines
+    python = sys.executable, "-c"
+    async with served(family) as (node, vip):
+        await node.endpoints("web", Address(POD[family], 8081))
+        with started(pod.command(*python, TELLER, POD[family], "8081")):
+            words = outside.command(*python, HOLDER, vip)
+            holder = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+            output, _ = await holder.communicate()
+    ports = [int(word) for word in output.split()]
+    assert len(set(ports)) == 60
+    assert set(ports) < set(few_ports)
+    assert sum(port % 2 for port in ports[:40]) > 30, "but those that somebody has bound"
+    assert [port % 2 for port in ports[50:]] == 10 * [0], "as there are no others"
+
+
+@pytest.fixture
+def few_ports():
+    """Ports of this node: 50 that are even, and 50 that are not."""
+    before = _transparent.PORT_RANGE.read_text(encoding="ascii")
+    _transparent.PORT_RANGE.write_text("40000 40099", encoding="ascii")
+    yield range(40000, 40100)
+    _transparent.PORT_RANGE.write_text(before, encoding="ascii")
 
 
 def waiting(family):

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from pyproxy import aftermath
-from pyproxy.aftermath import Left, clean_up_after_others
+from pyproxy.aftermath import Left, clean_up_after_others, outlast
 from pyproxy.config import IPVS, Config
 
 WAITING = Left("2 virtual servers wait", waits=True)
@@ -39,3 +39,40 @@ async def test_what_others_left(found, drain_seconds, expected, monkeypatch, cap
     await clean_up_after_others(config, clock)
     assert asked == expected
     assert ("cannot clean up" in caplog.text) is (FAILED in found)
+
+
+@pytest.mark.jumping
+@pytest.mark.parametrize(
+    ("counts", "ended_at", "expected"),
+    [
+        pytest.param([0], 0.0, [], id="nothing to wait for"),
+        pytest.param(
+            [3, 3, 1, 0], 3.0, ["waiting for 3 connections of virtual servers, for 45 s at most"],
+            id="they end",
+        ),
+        pytest.param(
+            [2], 45.0,
+            [
+                "waiting for 2 connections of virtual servers, for 45 s at most",
+                "waiting for 2 connections of virtual servers, for 15 s at most",
+                "2 connections of virtual servers end now, as ipvs.drainTimeout asks",
+            ],
+            id="they are cut in the end",
+        ),
+    ],
+)  # fmt: skip
+async def test_connections_are_waited_for_and_told(counts, ended_at, expected, monkeypatch):
+    clock = asyncio.get_running_loop().time
+    cleaned_at, told = [], []
+    rest = list(counts)
+
+    async def held():
+        return rest.pop(0) if len(rest) > 1 else rest[0]
+
+    async def cleaned_up(config, *, patient=True):
+        cleaned_at.append((clock(), patient))
+
+    monkeypatch.setattr(aftermath, "cleaned_up_after_others", cleaned_up)
+    config = Config(ipvs=IPVS(drain_timeout_seconds=45.0))
+    assert await outlast(held, config, clock, told.append) is None
+    assert (cleaned_at, told) == ([(ended_at, False)], expected)

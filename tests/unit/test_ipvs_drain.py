@@ -1,6 +1,7 @@
 from pyproxy.model import Address, Frontend
+from pyproxy.proxier import _ipvsdrain
 from pyproxy.proxier import _ipvsnl as nl
-from pyproxy.proxier._ipvsdrain import drained
+from pyproxy.proxier._ipvsdrain import drained, revived
 from pyproxy.rules.ipvs import Destination, Server
 from tests.fakes.ip_vs import FakeIpvs
 
@@ -44,3 +45,32 @@ def test_looking_again_changes_nothing_until_the_last_connection_ends():
     busy, requests = drained(ipvs, (WEB,))
     ipvs.carry_out(requests)
     assert (busy, ipvs.servers()) == (frozenset(), {})
+
+
+ENTRIES = """\
+Pro FromIP   FPrt ToIP     TPrt DestIP   DPrt State       Expires PEName PEData
+TCP C0000232 8B8C 0A600001 0050 0AF40001 1F90 SYN_SENT         99
+TCP C0000232 8B8E 0A600001 0050 0AF40001 1F90 TIME_WAIT        99
+TCP C0000232 8B90 0A600001 0050 0AF40002 1F90 ESTABLISHED     899
+UDP C0000232 8B92 0A600003 0035 0AF40002 1F90 UDP             299
+TCP fd00:0000:0000:0000:0000:0000:0000:0001 8B8C fd00:0010:0096:0000:0000:0000:0000:0001 0050 \
+fd00:0010:0244:0000:0000:0000:0000:0002 1F90 SYN_SENT         99
+"""
+WEB6 = Frontend("fd00:10:96::1", 80, "TCP")
+
+
+def test_answers_to_later_connections_from_the_same_port_are_told_from_connections():
+    assert revived(ENTRIES.splitlines()) == {
+        Destination(WEB, A): 1,
+        Destination(WEB6, Address("fd00:10:244::2", 8080)): 1,
+    }
+
+
+def test_nobody_waits_for_them(tmp_path, monkeypatch):
+    (tmp_path / "ip_vs_conn").write_text(ENTRIES)
+    monkeypatch.setattr(_ipvsdrain, "ENTRIES", tmp_path / "ip_vs_conn")
+    ipvs = kernel()
+    ipvs.connect(Destination(WEB, A), active=1, inactive=1)
+    ipvs.connect(Destination(WEB, B), active=1)
+    ipvs.carry_out(drained(ipvs, (WEB, IDLE, DNS))[1])
+    assert ipvs.destinations(WEB).keys() == {B}

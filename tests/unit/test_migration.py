@@ -2,7 +2,9 @@
 
 import pytest
 
-from pyproxy.migration import Probe, Request, Situation, evenly, obstacle, sample
+from pyproxy import cli
+from pyproxy.config import Config
+from pyproxy.migration import DETOUR, Probe, Request, Situation, evenly, obstacle, sample, way
 from pyproxy.model import Address, Backend, Forward, Frontend, Pool, PortPlan, Reject, Route
 from pyproxy.plan import Plan
 from pyproxy.rules.iptables_text import parsed, silenced, woken
@@ -56,10 +58,26 @@ def test_a_move_that_cannot_be_is_refused_before_anything_changes(to, then_run, 
     assert (found or "").startswith(why or "")
 
 
-def test_connections_of_virtual_servers_are_not_cut_by_a_move_to_sockets():
-    found = obstacle(Request("userspace", True, False, 20), Situation((), None, held=3))
+def test_connections_of_virtual_servers_are_waited_for_on_the_way_to_sockets():
+    now = Situation((), None, held=3)
+    assert obstacle(Request("userspace", True, False, 20), now) is None
+    assert way(now, Config(mode="userspace")).startswith(
+        "userspace, by way of nftables: move there, serve until 3 connections of virtual servers"
+        " have ended (at most 15m0s,"
+    )
+
+
+def test_they_are_not_cut_where_nothing_can_serve_meanwhile():
+    now = Situation((), None, held=3, no_stopover="no nf_tables")
+    found = obstacle(Request("userspace", True, False, 20), now)
     assert found is not None
-    assert found.startswith("3 connections of virtual servers would be cut: move to nftables")
+    assert found.startswith("3 connections of virtual servers would be cut, and mode nftables,")
+    assert way(now, Config(mode="userspace")) == "userspace"
+
+
+def test_the_first_of_two_moves_is_asked_for_as_the_whole_is():
+    asked = Request("userspace", True, False, 5)
+    assert asked.stopover() == Request("nftables", True, False, 5, is_stopover=True)
 
 
 def route(ip, kind="ClusterIP", proto="TCP", action=None):
@@ -85,3 +103,31 @@ def test_only_cluster_ips_that_forward_the_node_over_tcp_are_tried():
 )
 def test_a_sample_is_spread_over_all(count, found):
     assert evenly(range(4), count) == found
+
+
+@pytest.mark.parametrize(
+    ("codes", "moves", "code"),
+    [
+        pytest.param([0], ["userspace"], 0, id="nothing to wait for"),
+        pytest.param([1], ["userspace"], 1, id="it is refused"),
+        pytest.param([DETOUR, 0, 0], ["userspace", "nftables", "userspace"], 0, id="in two moves"),
+        pytest.param([DETOUR, 1], ["userspace", "nftables"], 1, id="the first fails"),
+        pytest.param([DETOUR, 0, 1], ["userspace", "nftables", "userspace"], 1, id="the second"),
+        pytest.param(
+            [DETOUR, 0, DETOUR], ["userspace", "nftables", "userspace"], 1,
+            id="somebody makes virtual servers",
+        ),
+    ],
+)  # fmt: skip
+def test_the_command_goes_on_as_long_as_moves_succeed(codes, moves, code, monkeypatch):
+    made = []
+
+    def make_move(asked, shared):
+        assert shared == ["--cluster-cidr=10.0.0.0/8"]
+        made.append(asked.to)
+        return codes[len(made) - 1]
+
+    monkeypatch.setattr(cli, "make_move", make_move)
+    words = ["--to=userspace", "--then-run", "--cluster-cidr=10.0.0.0/8"]
+    assert cli.migrate(words) == code
+    assert made == moves
