@@ -3,7 +3,8 @@
 python -m bench.capture [SERVICES]     as root: each way to capture, in namespaces of their own
 
 Beside the two ways that share sockets stands a listening socket for each frontend. What is
-measured is the first sync: sockets, maps or rules, and the routes that lead addresses here.
+measured is the first sync: sockets, maps or rules, and the routes that lead addresses here; and
+then changes of one Service each.
 """
 
 import asyncio
@@ -34,12 +35,14 @@ from pyproxy.model import (
 )
 from pyproxy.process import SystemClock, calm_collector
 from pyproxy.proxier._poller import RelayLoop
+from pyproxy.reconcile import Target
 from pyproxy.rules.listeners import Listener
 from tests.netns.node import Jobs
 
 WAYS = ("sk_lookup", "tproxy", "listeners")
 SERVICES = 10_000
 ROUNDS = 5
+CHANGES = 21
 NODE_IPS = ("192.0.2.11", "fd00:c0de::11")
 
 
@@ -54,6 +57,18 @@ def listeners(family: Family, count: int) -> Iterator[tuple[Frontend, Listener]]
             route.frontend,
             Listener(ServicePortName("default", f"web-{number}", "", "TCP"), route),
         )
+
+
+async def seconds_of_change(
+    target: Target[Frontend, Listener], wanted: dict[Frontend, Listener], number: int
+) -> float:
+    """Give one Service another endpoint; return how long that took."""
+    frontend, old = list(wanted.items())[number]
+    action = Forward(Pool((Backend(Address("10.244.1.3", 8080)),)))
+    route = Route(frontend, "ClusterIP", action, action, action)
+    start = perf_counter()
+    await target.apply(Delta({}, {frontend: (old, Listener(old.owner, route))}, {}))
+    return perf_counter() - start
 
 
 def open_files() -> int:
@@ -88,10 +103,13 @@ async def trial(way: str, count: int) -> dict[str, float]:
             refused = await target.apply(Delta(wanted, {}, {}))
             assert not refused, next(iter(refused.values()))
         seconds, cpu = perf_counter() - start, process_time() - cpu
+        changes = [seconds_of_change(target, wanted, n) for n in range(CHANGES)]
+        change = median([await one for one in changes])
         figures = {
             "addresses": 2 * count,
             "seconds": seconds,
             "CPU seconds": cpu,
+            "ms a change": change * 1e3,
             "CPU us each": cpu * 1e6 / (2 * count),
             "files": open_files() - files,
             "MiB": memory_mib() - memory,

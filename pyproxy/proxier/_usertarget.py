@@ -31,10 +31,10 @@ from pyproxy.proxier._sockets import Shared
 from pyproxy.proxier._succession import Succession, meeting_place
 from pyproxy.proxier._tproxy import ByRules, remove_rules
 from pyproxy.proxier._transparent import Transparent
-from pyproxy.proxier._vips import RTPROT_PYPROXY, Vip, Vips, one_port, whole_address
+from pyproxy.proxier._vips import RTPROT_PYPROXY, Needs, Vip, Vips, vip_of, whole_address
 from pyproxy.proxier._way import Capture
 from pyproxy.reconcile import ApplyError, Difference
-from pyproxy.rules.listeners import Listener, Surroundings, owns_address, passes_by
+from pyproxy.rules.listeners import Listener, Surroundings
 
 OPENED_AT_ONCE = 200  # frontends, until the loop may do something else
 FIRST_PID_NAMESPACE = 0xEFFFFFFC  # the inode of the machine's: PROC_PID_INIT_INO in the kernel
@@ -67,6 +67,7 @@ class Frontends:
         )
         self._crew = Crew(self._plane, self._surroundings, env.observe, env.worker_lost)
         self._local: set[Vip] = set()  # what has a route of ours
+        self._needs = Needs()
         self._leaving: asyncio.TimerHandle | None = None  # for routes that are still in use
         self._vips: Vips | None = None
         self._bypass: Bypass | None = None
@@ -102,6 +103,7 @@ class Frontends:
             rules = self._lost_rules()
         except OSError as error:
             raise ApplyError(f"cannot list local routes: {error.strerror}") from error
+        self._needs.doubt(self._local | before | self._needs.of.keys())
         for part in self._ruled() if rules else ():
             part.renew()
         if lost := len(before - self._local) + len(rules):
@@ -121,24 +123,20 @@ class Frontends:
         if self.is_over:
             return {}
         changed = dict(delta.added) | {f: new for f, (_old, new) in delta.changed.items()}
-        refused: dict[Frontend, str] = {}
-        by_owner: dict[ServicePortName, dict[Frontend, Listener]] = {}
-        for frontend, listener in changed.items():
-            by_owner.setdefault(listener.owner, {})[frontend] = listener
-        for count, (owner, listeners) in enumerate(by_owner.items(), 1):
-            refused |= self._plane.serve(owner, listeners)
-            if count % OPENED_AT_ONCE == 0:
-                await asyncio.sleep(0)
-        self._crew.changed({*by_owner, *(old.owner for old, _new in delta.changed.values())})
+        refused = await self._serve(changed)
+        before = (old.owner for old, _new in delta.changed.values())
+        self._crew.changed({*(listener.owner for listener in changed.values()), *before})
         await self._crew.flush()
         await self._crew.settle()  # whoever serves until now does so meanwhile
-        wanted = self._wanted(self._fronts.held() - delta.removed.keys())
-        self._lead_past(frontend for users in wanted.values() for frontend in users)
+        for frontend in delta.removed:
+            self._needs.drop(frontend)
+        self._lead_past()
         self._commit()
-        refused |= self._make_local(wanted)
-        if self._local - wanted.keys():
+        moved = self._needs.changed()
+        refused |= self._make_local(moved & self._needs.of.keys())
+        if unwanted := (moved & self._local) - self._needs.of.keys():
             in_use = await self._crew.local_ips()
-            self._unroute(self._local - wanted.keys(), in_use)
+            self._unroute(unwanted, in_use)
         self._close(delta.removed)
         self._commit()
         await self._crew.flush()
@@ -147,6 +145,19 @@ class Frontends:
         if not self._succession.began:
             await self._succession.begin(self._crew)
             await asyncio.to_thread(tell_leftovers, self._env.family, ANOTHER_SERVES)
+        return refused
+
+    async def _serve(self, frontends: Mapping[Frontend, Listener]) -> dict[Frontend, str]:
+        """Open these frontends, or bring them up to date; return those that cannot be, and why."""
+        refused: dict[Frontend, str] = {}
+        by_owner: dict[ServicePortName, dict[Frontend, Listener]] = {}
+        for frontend, listener in frontends.items():
+            by_owner.setdefault(listener.owner, {})[frontend] = listener
+        for count, (owner, listeners) in enumerate(by_owner.items(), 1):
+            refused |= self._plane.serve(owner, listeners)
+            self._need(listeners)
+            if count % OPENED_AT_ONCE == 0:
+                await asyncio.sleep(0)
         return refused
 
     async def has_lost(self) -> bool:
@@ -167,8 +178,9 @@ class Frontends:
         except OSError as error:
             raise ApplyError(f"cannot list local routes: {error.strerror}") from error
         found = [d for f, listener in wanted.items() for d in self._fronts.differing(f, listener)]
-        held = self._fronts.held()
-        missing = self._wanted(f for f in wanted if f in held).keys() - listed
+        own, held = self._around.node_ips, self._fronts.held()
+        needed = {vip_of(f, li.route, own) for f, li in wanted.items() if f in held} - {None}
+        missing = sorted(vip for vip in needed if vip is not None and vip not in listed)
         lost = [Difference(f"local route {vip.ip}", "a route of ours", None) for vip in missing]
         tables = (await changed_tables(self._tabled())).values()
         return (*found, *lost, *rules, *(difference for table in tables for difference in table))
@@ -271,39 +283,35 @@ class Frontends:
         except OSError as error:
             raise ApplyError(f"cannot capture packets for Services: {error.strerror}") from error
 
-    def _wanted(self, frontends: Iterable[Frontend]) -> dict[Vip, list[Frontend]]:
-        """Return what must be led here for these frontends, and which of them need it."""
+    def _need(self, frontends: Iterable[Frontend]) -> None:
+        """See what these frontends need, now that they are served, or could not be."""
         own = self._around.node_ips
-        wanted: dict[Vip, list[Frontend]] = {}
         for frontend in frontends:
-            ip = frontend.ip
-            if ip and ip not in own and not is_loopback(ip):
-                whole = owns_address(self._fronts.listener(frontend).route)
-                vip = whole_address(ip) if whole else one_port(frontend)
-                wanted.setdefault(vip, []).append(frontend)
-        return wanted
+            if self._fronts.holds(frontend):
+                self._needs.put(frontend, self._fronts.listener(frontend).route, own)
+            else:
+                self._needs.drop(frontend)
 
-    def _make_local(self, wanted: Mapping[Vip, list[Frontend]]) -> dict[Frontend, str]:
-        """Lead the addresses to this node; close and return the frontends of those that fail."""
+    def _make_local(self, vips: set[Vip]) -> dict[Frontend, str]:
+        """Lead addresses to this node; close and return the frontends of those that fail."""
         assert self._vips is not None, "adopt comes before apply"
-        missing = wanted.keys() - self._local
+        missing = vips - self._local
         failed = self._vips.add(missing)
         for vip in missing - failed.keys():
             self._local.add(vip)
             if vip == whole_address(vip.ip):
                 self._fronts.capture.silence(vip.ip)
-        lost = {frontend: why for vip, why in failed.items() for frontend in wanted[vip]}
+        lost = {frontend: why for vip, why in failed.items() for frontend in self._needs.of[vip]}
         owners = {frontend: self._fronts.listener(frontend).owner for frontend in lost}
         self._close(lost)
         return {
             frontend: f"{owners[frontend]}: {frontend}: {why}" for frontend, why in lost.items()
         }
 
-    def _lead_past(self, frontends: Iterable[Frontend]) -> None:
+    def _lead_past(self) -> None:
         """Let pods and the node reach the load balancer itself where they are to."""
         assert self._bypass is not None, "adopt comes before apply"
-        passed = [f for f in frontends if passes_by(self._fronts.listener(f).route)]
-        for problem in self._bypass.put(passed, self._around.pods).values():
+        for problem in self._bypass.put(self._needs.passed, self._around.pods).values():
             log.warning("pods reach a load balancer through this node", extra={"why": problem})
 
     def _unroute(self, unwanted: set[Vip], in_use: Collection[str]) -> None:
@@ -325,10 +333,12 @@ class Frontends:
 
     async def _unroute_leaving(self) -> None:
         in_use = await self._crew.local_ips()
-        self._unroute(self._local - self._wanted(self._fronts.held()).keys(), in_use)
+        self._unroute(self._local - self._needs.of.keys(), in_use)
 
     def _close(self, frontends: Iterable[Frontend]) -> None:
         closed = list(frontends)
+        for frontend in closed:
+            self._needs.drop(frontend)
         self._crew.changed(self._plane.close(closed))
         self._crew.forget(closed)
 
@@ -348,6 +358,7 @@ class Frontends:
             serving = tuple(sorted(ip for ip in self._around.node_ips if not is_loopback(ip)))
         if self._plane.is_open and not self.is_over:
             self._fronts.surround(self._around, serving)
+            self._need(self._fronts.held())
             self._crew.look()
 
     def _source(self) -> str | None:

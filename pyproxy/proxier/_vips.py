@@ -14,10 +14,11 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from pyproxy.model import Family, Frontend, Proto
+from pyproxy.ip import is_loopback
+from pyproxy.model import Family, Frontend, Proto, Route
 from pyproxy.proxier._netlink import (
     ATTRIBUTE,
     NLM_F_CREATE,
@@ -27,6 +28,7 @@ from pyproxy.proxier._netlink import (
     attributes,
 )
 from pyproxy.proxier._netlink import attribute as attr
+from pyproxy.rules.listeners import owns_address, passes_by
 
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
@@ -61,6 +63,57 @@ def whole_address(ip: str) -> Vip:
 def one_port(frontend: Frontend, mark: int = RTPROT_PYPROXY) -> Vip:
     """Return the address with a table of our own for each protocol and port."""
     return Vip(frontend.ip, mark << 24 | PROTOCOLS[frontend.proto] << 16 | frontend.port)
+
+
+def vip_of(frontend: Frontend, route: Route, own: Collection[str]) -> Vip | None:
+    """Return what must be led here; None for what the node has itself, as node ports."""
+    ip = frontend.ip
+    if not ip or ip in own or is_loopback(ip):
+        return None
+    return whole_address(ip) if owns_address(route) else one_port(frontend)
+
+
+class Needs:
+    """Who needs which addresses to be led here, as far as it has been said so."""
+
+    def __init__(self) -> None:
+        self.of: dict[Vip, set[Frontend]] = {}
+        self.passed: set[Frontend] = set()  # those that pods and the node go past
+        self._vips: dict[Frontend, Vip] = {}
+        self._changed: set[Vip] = set()
+
+    def put(self, frontend: Frontend, route: Route, own: Collection[str]) -> None:
+        """Take in a frontend, new or changed."""
+        vip = vip_of(frontend, route, own)
+        if self._vips.get(frontend) != vip:
+            self.drop(frontend)
+            if vip is not None:
+                self._vips[frontend] = vip
+                self.of.setdefault(vip, set()).add(frontend)
+                self._changed.add(vip)
+        if vip is not None and passes_by(route):
+            self.passed.add(frontend)
+        else:
+            self.passed.discard(frontend)
+
+    def drop(self, frontend: Frontend) -> None:
+        """Take in that a frontend is gone; more than once is allowed."""
+        self.passed.discard(frontend)
+        vip = self._vips.pop(frontend, None)
+        if vip is not None:
+            self.of[vip].discard(frontend)
+            if not self.of[vip]:
+                del self.of[vip]
+            self._changed.add(vip)
+
+    def doubt(self, vips: Iterable[Vip]) -> None:
+        """Have these looked at with the next changes."""
+        self._changed.update(vips)
+
+    def changed(self) -> set[Vip]:
+        """Return what may be needed, or not, otherwise than at the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
 
 
 def frontend_of(vip: Vip) -> Frontend | None:
