@@ -49,9 +49,10 @@ async def outlast(
     """Wait until virtual servers hold no connections, and remove them; return what is left.
 
     It is waited for no longer than ``ipvs.drainTimeout``: then the connections end with them.
+    ``held`` may raise ``OSError``: nobody knows then whether there are any, and it is asked again.
     """
     until, tell_at = clock() + config.ipvs.drain_timeout_seconds, clock()
-    while (count := await held()) and (rest := until - clock()) > 0:
+    while (count := await counted(held)) and (rest := until - clock()) > 0:
         if clock() >= tell_at:
             say(f"waiting for {count} connections of virtual servers, for {rest:.0f} s at most")
             tell_at = clock() + TELL_SECONDS
@@ -59,6 +60,14 @@ async def outlast(
     if count:
         say(f"{count} connections of virtual servers end now, as ipvs.drainTimeout asks")
     return await cleaned_up_after_others(config, patient=False)
+
+
+async def counted(held: Callable[[], Awaitable[int]]) -> int | str:
+    """Return how many there are, or in words that nobody knows."""
+    try:
+        return await held()
+    except OSError as error:
+        return f"an unknown number ({error.strerror}) of"
 
 
 async def cleaned_up_after_others(config: Config, *, patient: bool = True) -> Left | None:

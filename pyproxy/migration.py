@@ -123,7 +123,10 @@ def request(words: Sequence[str]) -> tuple[Request, list[str]]:
 async def situation(config: Config, families: Sequence[Family]) -> Situation:
     """Look who carries traffic here. Raises ``OthersError``."""
     others = [other for family in families for other in await found(family)]
-    held = await connections(families, config) if config.mode == "userspace" else 0
+    try:
+        held = await connections(families, config) if config.mode == "userspace" else 0
+    except OSError as error:
+        raise OthersError(f"cannot look at virtual servers: {error.strerror}") from error
     no_stopover = proxier.load(STOPOVER).unsupported() if held else None
     return Situation(tuple(others), await running_mode(config), held, no_stopover)
 

@@ -31,12 +31,14 @@ FEW = 10_000  # connections, so that it is worth while to look whether they are 
 
 
 async def connections(families: Iterable[Family], config: Config) -> int:
-    """Return how many connections the virtual servers have that would be waited for."""
+    """Return how many connections the virtual servers have that would be waited for.
+
+    Raises ``OSError``.
+    """
     found = 0
     for family in families if config.ipvs.drain_timeout_seconds else ():
         spared = networks_of(config.ipvs.exclude_cidrs, family)
-        with suppress(OSError):  # a kernel without virtual servers
-            found += await asyncio.to_thread(active, family, spared)
+        found += await asyncio.to_thread(active, family, spared)
     return found
 
 
@@ -62,12 +64,9 @@ def in_use(family: Family, spared: tuple[Network, ...]) -> frozenset[Frontend]:
     The table beside them goes at once: what it knows is old from now on. Raises ``OSError`` and
     ``NfError``.
     """
-    try:
-        ipvs = Ipvs(family)
-    except OSError as error:
-        if error.errno == errno.ENOENT:  # a kernel without virtual servers
-            return NO_SERVERS
-        raise
+    ipvs = opened(family)
+    if ipvs is None:
+        return NO_SERVERS
     with closing(ipvs):
         servers = [*ipvs.servers(), *those_of_kube_proxy(ipvs, family, spared)]
         if not servers:
@@ -85,9 +84,22 @@ def active(family: Family, spared: tuple[Network, ...]) -> int:
 
     Raises ``OSError``.
     """
-    with closing(Ipvs(family)) as ipvs:
+    ipvs = opened(family)
+    if ipvs is None:
+        return 0
+    with closing(ipvs):
         servers = [*ipvs.servers(), *those_of_kube_proxy(ipvs, family, spared)]
         return sum(busy.active for there in held(ipvs, servers).values() for busy in there.values())
+
+
+def opened(family: Family) -> Ipvs | None:
+    """Return what asks the kernel; None if it has no virtual servers. Raises ``OSError``."""
+    try:
+        return Ipvs(family)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
 
 
 def those_of_kube_proxy(

@@ -1,4 +1,5 @@
 import asyncio
+from errno import EMFILE
 
 import pytest
 
@@ -59,6 +60,14 @@ async def test_what_others_left(found, drain_seconds, expected, monkeypatch, cap
             ],
             id="they are cut in the end",
         ),
+        pytest.param(
+            [OSError(EMFILE, "Too many open files"), 0], 1.0,
+            [
+                "waiting for an unknown number (Too many open files) of connections of virtual"
+                " servers, for 45 s at most",
+            ],
+            id="who cannot look does not know that they have ended",
+        ),
     ],
 )  # fmt: skip
 async def test_connections_are_waited_for_and_told(counts, ended_at, expected, monkeypatch):
@@ -67,7 +76,10 @@ async def test_connections_are_waited_for_and_told(counts, ended_at, expected, m
     rest = list(counts)
 
     async def held():
-        return rest.pop(0) if len(rest) > 1 else rest[0]
+        count = rest.pop(0) if len(rest) > 1 else rest[0]
+        if isinstance(count, OSError):
+            raise count
+        return count
 
     async def cleaned_up(config, *, patient=True):
         cleaned_at.append((clock(), patient))

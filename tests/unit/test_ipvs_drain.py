@@ -1,7 +1,12 @@
+from errno import EMFILE, ENOBUFS, ENOENT
+
+import pytest
+
+from pyproxy.config import Config
 from pyproxy.model import Address, Frontend
 from pyproxy.proxier import _ipvsdrain
 from pyproxy.proxier import _ipvsnl as nl
-from pyproxy.proxier._ipvsdrain import drained, revived
+from pyproxy.proxier._ipvsdrain import connections, drained, revived
 from pyproxy.rules.ipvs import Destination, Server
 from tests.fakes.ip_vs import FakeIpvs
 
@@ -74,3 +79,22 @@ def test_nobody_waits_for_them(tmp_path, monkeypatch):
     ipvs.connect(Destination(WEB, B), active=1)
     ipvs.carry_out(drained(ipvs, (WEB, IDLE, DNS))[1])
     assert ipvs.destinations(WEB).keys() == {B}
+
+
+def failing(monkeypatch, code):
+    def opened(_family):
+        raise OSError(code, "no netlink")
+
+    monkeypatch.setattr(_ipvsdrain, "Ipvs", opened)
+
+
+async def test_a_kernel_without_virtual_servers_holds_no_connections(monkeypatch):
+    failing(monkeypatch, ENOENT)
+    assert await connections((4, 6), Config()) == 0
+
+
+@pytest.mark.parametrize("code", [EMFILE, ENOBUFS])
+async def test_connections_that_cannot_be_counted_are_not_none(code, monkeypatch):
+    failing(monkeypatch, code)
+    with pytest.raises(OSError, match="no netlink"):
+        await connections((4, 6), Config())
