@@ -74,6 +74,9 @@ class Poller:
         """Tell somebody else from now on."""
         self._watchers[fd] = watcher
 
+    def watches(self, fd: int) -> bool:
+        return fd in self._watchers
+
     def discard(self, fd: int) -> None:
         """Forget a socket that stays open."""
         if self._watchers.pop(fd, None) is not None and not self._epoll.closed:
@@ -120,8 +123,7 @@ class Poller:
             try:
                 watcher.ready(events)  # others are told but once, too
             except Exception as error:
-                fields = {"message": "a socket's events were not understood", "exception": error}
-                asyncio.get_running_loop().call_exception_handler(fields)
+                tell_of(error)
         self._is_telling = False
         for sock in self._closing:
             sock.close()
@@ -131,7 +133,15 @@ class Poller:
     def _repeat(self) -> None:
         calls, self._again = self._again, []
         for call in calls:
-            call()
+            try:
+                call()
+            except Exception as error:  # others wait for their turn, too
+                tell_of(error)
+
+
+def tell_of(error: Exception) -> None:
+    fields = {"message": "a socket's events were not understood", "exception": error}
+    asyncio.get_running_loop().call_exception_handler(fields)
 
 
 class RelayLoop(asyncio.SelectorEventLoop):
@@ -162,6 +172,28 @@ class RelayLoop(asyncio.SelectorEventLoop):
         return super().call_at(when, callback, *args, context=context)
 
 
+class Keys(Mapping["FileDescriptorLike", SelectorKey]):
+    """What the loop has registered, by file descriptor or by who has it, closed or not."""
+
+    def __init__(self, by_fd: Mapping[int, SelectorKey]) -> None:
+        self._by_fd = by_fd
+
+    def __getitem__(self, fileobj: "FileDescriptorLike") -> SelectorKey:
+        fd = descriptor(fileobj)
+        if fd in self._by_fd:
+            return self._by_fd[fd]
+        for key in self._by_fd.values() if fd < 0 else ():
+            if key.fileobj is fileobj:
+                return key
+        raise KeyError(fileobj)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._by_fd)
+
+    def __len__(self) -> int:
+        return len(self._by_fd)
+
+
 class Inside(BaseSelector):
     """What the event loop waits in: the poller, which also has the loop's own file descriptors."""
 
@@ -169,12 +201,13 @@ class Inside(BaseSelector):
         self.is_wanted = False  # the loop has been given something to do
         self._epoll = select.epoll()
         self.poller = Poller(self._epoll)
-        self._keys: dict[FileDescriptorLike, SelectorKey] = {}  # by file descriptor
+        self._keys: dict[int, SelectorKey] = {}  # by file descriptor
+        self._map = Keys(self._keys)
 
     def register(
         self, fileobj: "FileDescriptorLike", events: int, data: object = None
     ) -> SelectorKey:
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        fd = descriptor(fileobj)
         if fd in self._keys:
             raise KeyError(f"{fileobj!r} is registered already")
         self._epoll.register(fd, asked(events))
@@ -182,9 +215,11 @@ class Inside(BaseSelector):
         return key
 
     def unregister(self, fileobj: "FileDescriptorLike") -> SelectorKey:
-        key = self._keys.pop(fileobj if isinstance(fileobj, int) else fileobj.fileno())
-        with suppress(OSError):  # it is closed already
-            self._epoll.unregister(key.fd)
+        key = self._map[fileobj]
+        del self._keys[key.fd]
+        if not self.poller.watches(key.fd):  # it is closed, and its number a watcher's by now
+            with suppress(OSError):  # it is closed already
+                self._epoll.unregister(key.fd)
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
@@ -210,7 +245,12 @@ class Inside(BaseSelector):
         self._keys.clear()
 
     def get_map(self) -> Mapping["FileDescriptorLike", SelectorKey]:
-        return self._keys
+        return self._map
+
+
+def descriptor(fileobj: "FileDescriptorLike") -> int:
+    """Return its number; of what is closed, -1."""
+    return fileobj if isinstance(fileobj, int) else fileobj.fileno()
 
 
 def asked(events: int) -> int:

@@ -1,12 +1,15 @@
 """Watching many sockets with one epoll, which all families of a process share."""
 
 import asyncio
+import os
 import socket
 from contextlib import suppress
+from selectors import EVENT_READ
+from types import SimpleNamespace
 
 import pytest
 
-from pyproxy.proxier._poller import EDGE, IN, Poller, RelayLoop
+from pyproxy.proxier._poller import EDGE, IN, Inside, Poller, RelayLoop
 from tests.netns.abuse import open_files
 
 
@@ -136,3 +139,64 @@ async def test_what_a_watcher_asks_of_the_loop_is_done_before_the_next_event(pol
     late.cancel()
     poller.close_socket(near)
     far.close()
+
+
+async def test_a_turn_that_fails_takes_no_turn_from_others(poller):
+    told, done = [], asyncio.Queue()
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, told_: told.append(told_))
+
+    def fail():
+        raise ZeroDivisionError
+
+    poller.again(fail)
+    poller.again(lambda: done.put_nowait("turn"))
+    async with asyncio.timeout(2):
+        assert await done.get() == "turn"
+    assert [type(found["exception"]) for found in told] == [ZeroDivisionError]
+
+
+async def test_the_loop_knows_a_socket_by_itself_and_by_its_number():
+    loop, called = asyncio.get_running_loop(), []
+    near, far = socket.socketpair()
+    with near, far:
+        loop.add_reader(near, called.append, "first")
+        loop.add_reader(near, called.append, "second")
+        loop.add_writer(near.fileno(), called.append, "writes")
+        far.send(b"x")
+        await asyncio.sleep(0.01)
+        assert set(called) == {"second", "writes"}
+        loop.remove_writer(near)
+        loop.remove_reader(near.fileno())
+        called.clear()
+        await asyncio.sleep(0.01)
+        assert called == []
+
+
+def test_what_is_closed_can_still_be_unregistered():
+    near, far = socket.socketpair()
+    inside = Inside()
+    with far:
+        key = inside.register(near, EVENT_READ)
+        near.close()
+        assert inside.unregister(near) == key
+        assert not inside.get_map()
+        with pytest.raises(KeyError):
+            inside.get_key(near)
+    inside.close()
+
+
+def test_a_number_that_is_a_watchers_by_now_stays_watched():
+    inside, watcher, events = Inside(), SimpleNamespace(), []
+    watcher.ready = events.append
+    old, other = socket.socketpair()
+    number = old.fileno()
+    inside.register(number, EVENT_READ)
+    near, far = socket.socketpair()
+    old.close()
+    with other, near, far, socket.socket(fileno=os.dup2(near.fileno(), number)) as new:
+        inside.poller.add(new.fileno(), IN | EDGE, watcher)
+        inside.unregister(number)
+        far.send(b"x")
+        inside.poller.tell(0.0)
+        assert events == [IN]
+    inside.close()
