@@ -87,7 +87,8 @@ class Dial:
             seconds = TIMEOUTS[self._attempts]
             self._attempts += 1
             if relay.local_congestion_control and picker.is_local(action.pool, address):
-                backend.setsockopt(IPPROTO_TCP, TCP_CONGESTION, relay.local_congestion_control)
+                with suppress(OSError):  # then it is paced as all are
+                    backend.setsockopt(IPPROTO_TCP, TCP_CONGESTION, relay.local_congestion_control)
             error = self._call(backend, action, address, now)
             if error and error != EALREADY:
                 backend.close()

@@ -140,7 +140,7 @@ class Poller:
 
 
 def tell_of(error: Exception) -> None:
-    fields = {"message": "a socket's events were not understood", "exception": error}
+    fields = {"message": "what becomes of a socket is not known", "exception": error}
     asyncio.get_running_loop().call_exception_handler(fields)
 
 

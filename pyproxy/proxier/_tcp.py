@@ -13,7 +13,7 @@ from pyproxy.balancer import Picker
 from pyproxy.model import Address
 from pyproxy.proxier._given import Given
 from pyproxy.proxier._meter import Carried, Meter
-from pyproxy.proxier._poller import Poller
+from pyproxy.proxier._poller import Poller, tell_of
 from pyproxy.proxier._relay import Connection
 from pyproxy.proxier._sockets import EXHAUSTED, Shortage, keep_alive, local_congestion_control
 from pyproxy.proxier._splice import Pipes
@@ -159,11 +159,23 @@ class TcpRelay:
         self.observe("closed")
 
     def _look_at_dials(self) -> None:
+        self._tick = None
         now = self.loop.time()
-        for dial in [dial for dial in self._dials if dial.until <= now]:
+        try:
+            for dial in [dial for dial in self._dials if dial.until <= now]:
+                self._go_on(dial)
+        finally:
+            if self._dials and self._tick is None:
+                self._tick = self.loop.call_later(TICK_SECONDS, self._look_at_dials)
+
+    def _go_on(self, dial: Dialling) -> None:
+        """Have a dial try again; one that stumbles loses its client, and no other does."""
+        try:
             dial.late()
-        more = bool(self._dials)
-        self._tick = self.loop.call_later(TICK_SECONDS, self._look_at_dials) if more else None
+        except Exception as error:
+            tell_of(error)
+            if dial in self._dials:
+                dial.give_up()
 
     def _look_after(self) -> None:
         """See that the kernel finds out when a backend is gone without a word.

@@ -1,0 +1,81 @@
+"""Clients of TCP who wait for a backend: what goes wrong for one is nobody else's trouble."""
+
+import asyncio
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from pyproxy.balancer import Picker
+from pyproxy.model import Address, Backend, Forward, Pool
+from pyproxy.proxier import _tcp
+from pyproxy.proxier._dial import Dial
+from pyproxy.proxier._meter import Meter
+from pyproxy.proxier._tcp import TcpRelay
+from pyproxy.rules.listeners import Surroundings
+from tests.contract.test_relay import pair
+
+
+@pytest.fixture
+async def relay():
+    relay = TcpRelay(Surroundings, lambda _result: None)
+    yield relay
+    relay.close_all()
+
+
+async def test_a_backend_is_called_that_does_not_know_the_congestion_control(relay):
+    relay.local_congestion_control = b"no such thing"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = Address(*server.getsockname())
+        pool, picker = Pool((Backend(address, is_local=True),)), Picker(lambda _below: 0)
+        picker.use([pool])
+        front = SimpleNamespace(
+            picker=picker, meter=Meter(), action=lambda _ip, _around: Forward(pool)
+        )
+        near, client = pair()
+        with client:
+            Dial(relay, front, near, "192.0.2.1").begin()
+            backend, _ = server.accept()
+            with backend:
+                assert relay.open_count == 1
+
+
+class Late:
+    """A dial that is late at once; it stumbles, or is over."""
+
+    def __init__(self, relay, *, stumbles, stumbles_again=False):
+        self.until = 0.0
+        self.over = asyncio.Event()
+        self._relay = relay
+        self._stumbles = stumbles
+        self._stumbles_again = stumbles_again
+
+    def late(self):
+        if self._stumbles:
+            raise ZeroDivisionError
+        self.give_up()
+
+    def give_up(self):
+        if self._stumbles_again:
+            self._stumbles_again = False
+            raise ZeroDivisionError
+        self._relay.dialled(self)
+        self.over.set()
+
+
+@pytest.mark.parametrize("stumbles_again", [False, True], ids=["once", "also in giving up"])
+async def test_a_dial_that_stumbles_is_given_up_and_others_go_on(
+    stumbles_again, relay, monkeypatch
+):
+    monkeypatch.setattr(_tcp, "TICK_SECONDS", 0.001)
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, _told: None)
+    dials = [
+        Late(relay, stumbles=stumbles, stumbles_again=stumbles and stumbles_again)
+        for stumbles in (True, False, True)
+    ]
+    for dial in dials:
+        relay.dialling(dial)
+    async with asyncio.timeout(2):
+        for dial in dials:
+            await dial.over.wait()
+        await relay.drained()
