@@ -32,7 +32,7 @@ from pyproxy.doctor.look import at_start
 from pyproxy.feed import Feed
 from pyproxy.health import Health
 from pyproxy.health_ports import HealthPorts
-from pyproxy.host import Host
+from pyproxy.host import Host, HostError
 from pyproxy.http import About, ListenError, health_server, metrics_server
 from pyproxy.lane import Lane
 from pyproxy.log import set_verbosity
@@ -127,7 +127,7 @@ class App:
                 raise Stopped
         except* Stopped:
             pass
-        except* (Fatal, ListenError, NodeError) as group:
+        except* (Fatal, HostError, ListenError, NodeError) as group:
             raise Fatal(str(first_of(group))) from None
         finally:
             await self._feed.aclose()

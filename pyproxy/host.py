@@ -1,10 +1,11 @@
 """The addresses of this node's interfaces, and a call when they change."""
 
 import asyncio
+import errno
 import gc
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
 from ipaddress import ip_address, ip_interface, ip_network
 
 from msgspec import Struct
@@ -17,11 +18,16 @@ GROUPS = 0x1 | 0x10 | 0x100
 ROUTE_GROUPS = 0x40 | 0x400
 SETTLE_SECONDS = 0.2
 RETRY_SECONDS = 5.0
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})  # may pass
 YOUNG = 1  # generations of objects that live since a short while
 MAIN_TABLE = 254
 LOOPBACK: dict[Family, Network] = {4: ip_network("127.0.0.0/8"), 6: ip_network("::1/128")}
 
 log = logging.getLogger(__name__)
+
+
+class HostError(Exception):
+    """Interfaces cannot be read, and will not be later."""
 
 
 class Snapshot(Struct, frozen=True):
@@ -55,22 +61,40 @@ class Host:
         self._with_routes = with_routes
         self._listeners: list[Callable[[], None]] = []
         self._is_failing = False
+        self._is_told = True
         self.snapshot = Snapshot()
 
     def on_change(self, listener: Callable[[], None]) -> None:
         self._listeners.append(listener)
 
     async def read(self) -> None:
-        """Take a new snapshot; tell the listeners if it is another. Raises ``OSError``."""
+        """Take a new snapshot; tell the listeners if it is another. Raises ``OSError``.
+
+        If a listener fails the others are told, and all of them again at the next call.
+        """
         fresh = await asyncio.to_thread(snapshot, with_routes=self._with_routes)
-        if fresh != self.snapshot:
-            self.snapshot = fresh
-            for listener in self._listeners:
+        if fresh == self.snapshot and self._is_told:
+            return
+        self.snapshot, self._is_told = fresh, False
+        failure = None
+        for listener in self._listeners:
+            try:
                 listener()
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        self._is_told = True
 
     async def read_at_last(self) -> None:
-        """Do as ``read``, and where that fails again."""
-        await self._at_last(self.read)
+        """Do as ``read``, and again while file descriptors or memory are short.
+
+        Raises ``HostError``.
+        """
+        try:
+            await self._at_last(self.read, EXHAUSTED)
+        except OSError as error:
+            raise HostError(f"the interfaces of this node cannot be read: {error}") from error
 
     async def follow(self) -> None:
         """Read again, for ever, when the kernel says that something changed."""
@@ -86,19 +110,26 @@ class Host:
             loop.add_reader(events.fileno(), drain, events, changed)
             try:
                 while True:
-                    await self.read_at_last()
+                    await self._at_last(self.read)
                     await changed.wait()
                     await asyncio.sleep(SETTLE_SECONDS)
                     changed.clear()
             finally:
                 loop.remove_reader(events.fileno())
 
-    async def _at_last(self, attempt: Callable[[], Awaitable[None]]) -> None:
-        """Attempt it until it does not fail: file descriptors may be free by then."""
+    async def _at_last(
+        self, attempt: Callable[[], Awaitable[None]], passing: Container[int | None] | None = None
+    ) -> None:
+        """Attempt it until it does not fail: file descriptors may be free by then.
+
+        Raises an ``OSError`` whose number is not one of ``passing``, if these are given.
+        """
         while True:
             try:
                 await attempt()
             except OSError as error:
+                if passing is not None and error.errno not in passing:
+                    raise
                 self._tell(str(error))
             else:
                 self._tell(None)

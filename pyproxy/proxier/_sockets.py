@@ -12,6 +12,7 @@ from pathlib import Path
 from socket import SocketType
 from typing import NamedTuple
 
+from pyproxy.host import EXHAUSTED
 from pyproxy.model import Address, Family, Proto
 from pyproxy.rules.guard import DROP_ALL, Program
 
@@ -32,7 +33,6 @@ SO_RCVBUFFORCE = 33
 SO_MEMINFO = 55
 MEMINFO = struct.Struct("=9I")  # the last is what was dropped: include/uapi/linux/sock_diag.h
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 300), (socket.TCP_KEEPINTVL, 30), (socket.TCP_KEEPCNT, 5))
-EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")  # for IPv6 as well
 UNPACED = b"reno"
 RELIEF_SECONDS = 10.0  # without a shortage, until the next one is worth telling

@@ -10,12 +10,13 @@ from socket import SocketType
 from typing import Protocol
 
 from pyproxy.balancer import Picker
+from pyproxy.host import EXHAUSTED
 from pyproxy.model import Address
 from pyproxy.proxier._given import Given
 from pyproxy.proxier._meter import Carried, Meter
 from pyproxy.proxier._poller import Poller, tell_of
 from pyproxy.proxier._relay import Connection
-from pyproxy.proxier._sockets import EXHAUSTED, Shortage, keep_alive, local_congestion_control
+from pyproxy.proxier._sockets import Shortage, keep_alive, local_congestion_control
 from pyproxy.proxier._splice import Pipes
 from pyproxy.proxier._transparent import Transparent
 from pyproxy.rules.listeners import Surroundings

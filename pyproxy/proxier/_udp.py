@@ -6,13 +6,14 @@ from collections.abc import Collection, Iterable
 from socket import SocketType
 
 from pyproxy.balancer import NOBODY, Picker
+from pyproxy.host import EXHAUSTED
 from pyproxy.model import Address, Forward
 from pyproxy.proxier._datagrams import Key, Peer, Requests, ancillary, own_number
 from pyproxy.proxier._flow import Flow, UdpRelay
 from pyproxy.proxier._given import GivenFlow
 from pyproxy.proxier._meter import Meter
 from pyproxy.proxier._poller import IN
-from pyproxy.proxier._sockets import EXHAUSTED, answering, destination, original
+from pyproxy.proxier._sockets import answering, destination, original
 from pyproxy.proxier._transparent import Guise, dress
 from pyproxy.rules.listeners import Listener, action_for
 from pyproxy.rules.nft import packed_ip

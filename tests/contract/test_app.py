@@ -153,6 +153,15 @@ async def test_it_begins_once_the_interfaces_can_be_read(monkeypatch, caplog):
     assert told == ["[Errno 24] Too many open files"]
 
 
+async def test_interfaces_that_can_never_be_read_are_fatal(monkeypatch):
+    def snapshot(*, with_routes):
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+    monkeypatch.setattr(host, "snapshot", snapshot)
+    with pytest.raises(Fatal, match=r"interfaces of this node cannot be read: .*not supported"):
+        await Proxy(FakeFeed(*NOTHING, Replace("Node", (HERE,)))).run()
+
+
 async def test_what_it_knows_from_the_disk_only_is_told_as_old_until_it_is_listed(tmp_path):
     path = str(tmp_path / "control.sock")
     front = Address(VIP, free_port())
