@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from msgspec.structs import replace
 
@@ -82,7 +83,8 @@ class Frontends:
     async def adopt(self) -> Mapping[Frontend, Listener]:
         """Return what listens; and see which local routes there are, from whomever."""
         if self._vips is None:
-            await self._env.host.read()
+            with attempting("see which addresses are the node's"):
+                await self._env.host.read()
             inherited, own = await self._succession.inherited()
             self._plane.open(self._way(inherited), own)
             self._look_around()
@@ -98,12 +100,12 @@ class Frontends:
             workers = self._workers if self._workers > 1 and self._fronts.capture.doors else 0
             env = self._env
             self._crew.start(workers, env.tasks, self._place, manner, env.config.logging)
-        try:
+        with attempting("list local routes"):
             before, self._local = self._local, self._vips.listed()
             rules = self._lost_rules()
-        except OSError as error:
-            raise ApplyError(f"cannot list local routes: {error.strerror}") from error
-        self._needs.doubt(self._local | before | self._needs.of.keys())
+        self._needs = Needs()
+        self._need(self._fronts.held())
+        self._needs.doubt(self._local)
         for part in self._ruled() if rules else ():
             part.renew()
         if lost := len(before - self._local) + len(rules):
@@ -130,13 +132,11 @@ class Frontends:
         await self._crew.settle()  # whoever serves until now does so meanwhile
         for frontend in delta.removed:
             self._needs.drop(frontend)
-        self._lead_past()
+        with attempting("lead packets past Services"):
+            self._lead_past()
         self._commit()
-        moved = self._needs.changed()
-        refused |= self._make_local(moved & self._needs.of.keys())
-        if unwanted := (moved & self._local) - self._needs.of.keys():
-            in_use = await self._crew.local_ips()
-            self._unroute(unwanted, in_use)
+        with attempting("lead packets to Services"):
+            refused |= await self._lead()
         self._close(delta.removed)
         self._commit()
         await self._crew.flush()
@@ -145,6 +145,17 @@ class Frontends:
         if not self._succession.began:
             await self._succession.begin(self._crew)
             await asyncio.to_thread(tell_leftovers, self._env.family, ANOTHER_SERVES)
+        return refused
+
+    async def _lead(self) -> dict[Frontend, str]:
+        """Lead packets here, or no more, where that has changed; close and return what fails.
+
+        Raises ``OSError``.
+        """
+        moved = self._needs.changed()
+        refused = self._make_local({vip for vip in moved if vip in self._needs.of})
+        if unwanted := {vip for vip in moved & self._local if vip not in self._needs.of}:
+            self._unroute(unwanted, await self._crew.local_ips())
         return refused
 
     async def _serve(self, frontends: Mapping[Frontend, Listener]) -> dict[Frontend, str]:
@@ -173,10 +184,8 @@ class Frontends:
     async def compare(self, wanted: Mapping[Frontend, Listener]) -> tuple[Difference, ...]:
         """Look at our sockets, the kernel's local routes, and our tables. Raises ``ApplyError``."""
         assert self._vips is not None, "what was written was adopted before"
-        try:
+        with attempting("list local routes"):
             listed, rules = self._vips.listed(), self._lost_rules()
-        except OSError as error:
-            raise ApplyError(f"cannot list local routes: {error.strerror}") from error
         found = [d for f, listener in wanted.items() for d in self._fronts.differing(f, listener)]
         own, held = self._around.node_ips, self._fronts.held()
         needed = {vip_of(f, li.route, own) for f, li in wanted.items() if f in held} - {None}
@@ -190,10 +199,8 @@ class Frontends:
 
         Raises ``ApplyError``.
         """
-        try:
+        with attempting("read counters"):
             entries = await self._crew.entries()
-        except OSError as error:
-            raise ApplyError(f"cannot read counters: {error.strerror}") from error
         refused = self._refusals.counts() if self._refusals is not None else {}
         return tuple(
             entry._replace(counts=total((entry.counts, refused[entry.key])))
@@ -278,10 +285,8 @@ class Frontends:
         return [difference for part in self._ruled() for difference in part.lost()]
 
     def _commit(self) -> None:
-        try:
+        with attempting("capture packets for Services"):
             self._fronts.commit()
-        except OSError as error:
-            raise ApplyError(f"cannot capture packets for Services: {error.strerror}") from error
 
     def _need(self, frontends: Iterable[Frontend]) -> None:
         """See what these frontends need, now that they are served, or could not be."""
@@ -332,8 +337,13 @@ class Frontends:
         self._env.tasks.create_task(self._unroute_leaving(), name="routes no more in use")
 
     async def _unroute_leaving(self) -> None:
-        in_use = await self._crew.local_ips()
-        self._unroute(self._local - self._needs.of.keys(), in_use)
+        try:
+            in_use = await self._crew.local_ips()
+            if not self.is_over:
+                self._unroute(self._local - self._needs.of.keys(), in_use)
+        except OSError as error:
+            log.warning("routes no more in use are left", extra={"error": error.strerror})
+            self._env.resync()
 
     def _close(self, frontends: Iterable[Frontend]) -> None:
         closed = list(frontends)
@@ -357,9 +367,12 @@ class Frontends:
         if serving is None and not env.config.iptables.localhost_node_ports:
             serving = tuple(sorted(ip for ip in self._around.node_ips if not is_loopback(ip)))
         if self._plane.is_open and not self.is_over:
-            self._fronts.surround(self._around, serving)
-            self._need(self._fronts.held())
-            self._crew.look()
+            held = self._fronts.held()
+            try:
+                self._fronts.surround(self._around, serving)
+            finally:
+                self._need(held)
+                self._crew.look()
 
     def _source(self) -> str | None:
         """Return the address that the node's own connections to Services shall come from."""
@@ -380,6 +393,15 @@ class Frontends:
             )
         except Unsupported as why:
             raise ApplyError(f"userspace.capture: {name}: {why}") from why
+
+
+@contextmanager
+def attempting(what: str) -> Iterator[None]:
+    """Raise ``ApplyError`` where the operating system refuses: nothing certain is known then."""
+    try:
+        yield
+    except OSError as error:
+        raise ApplyError(f"cannot {what}: {error.strerror or error}") from error
 
 
 def removed(family: Family) -> str | None:

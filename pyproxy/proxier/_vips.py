@@ -190,10 +190,12 @@ class Vips:
     def remove(self, vips: Iterable[Vip], left: Iterable[Vip] = ()) -> Mapping[Vip, str]:
         """Remove our routes; return why not, for each that is still there.
 
-        The rules of tables that are not among those of ``left`` go first.
+        With a route to one port, the rules of tables that are not among those of ``left`` go first.
         """
         gone = list(vips)
-        unused = self._rules - {vip.table for vip in left}
+        unused: set[int] = set()
+        if any(vip.table != RT_TABLE_LOCAL for vip in gone):  # all of ``left`` is looked at
+            unused = self._rules - {vip.table for vip in left}
         self.netlink.carry_out([self._rule(RTM_DELRULE, table) for table in unused])
         self._rules -= unused
         failed = self._routes(RTM_DELROUTE, gone, None)
