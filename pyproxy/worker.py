@@ -5,19 +5,26 @@ import gc
 import socket
 import sys
 
+import msgspec
+
 from pyproxy import __version__
 from pyproxy.log import setup
 from pyproxy.proxier._channel import Begin, receive_first
 from pyproxy.proxier._poller import RelayLoop
 from pyproxy.proxier._worker import Worker
 
+ANOTHER_VERSION = 1  # what is installed has changed since: the next start of all is the remedy
+
 
 def main() -> int:
     """Serve as told over the socket whose descriptor is the last argument."""
     sock = socket.socket(fileno=int(sys.argv[-1]))
-    begin, fds = receive_first(sock)
+    try:
+        begin, fds = receive_first(sock)
+    except msgspec.ValidationError:
+        return ANOTHER_VERSION
     if not isinstance(begin, Begin) or begin.version != __version__:
-        return 1  # what is installed has changed since: the next start of all is the remedy
+        return ANOTHER_VERSION
     setup(begin.logging)
     gc.set_threshold(*begin.collector)
 
