@@ -16,6 +16,7 @@ from pyproxy.proxier._succession import (
     is_abandoned,
     meeting_place,
     predecessors,
+    remove_abandoned,
 )
 
 SOMEBODY = 12345
@@ -135,3 +136,15 @@ def test_a_process_that_lives_hears_nothing_of_it(place):
         assert not is_abandoned(place)
         with pytest.raises(BlockingIOError):
             server.accept()
+
+
+async def test_who_starts_elsewhere_with_the_same_pid_keeps_the_name_it_has_bound(tmp_path):
+    """In containers that share the folder, each is process 1."""
+    abandoned, own = tmp_path / "userspace-ipv4-5.sock", tmp_path / "userspace-ipv4-7.sock"
+    with listening(abandoned):
+        pass
+    starting = abandoned.with_suffix(f".{os.getpid()}")
+    with listening(starting):
+        remove_abandoned(own)
+        assert not abandoned.exists()
+        assert starting.exists()
