@@ -3,6 +3,7 @@
 The new rules come beside the old ones, which are then taken out of the packets' way, but stay. Only
 when cluster IPs answer by the new ones alone are the old ones removed. At each moment a new
 connection meets one of the two, and established ones go on as connection tracking has noted them.
+A little long: what may be moved, the move, and how it is tried are read together.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""The target of mode userspace: sockets, and whatever leads packets to them and answers back."""
+"""The target of mode userspace: sockets, and whatever leads packets to them and answers back.
+
+A little long, because the order of opening, leading, and closing is one decision.
+"""
 
 import asyncio
 import logging
