@@ -165,7 +165,7 @@ def remove_abandoned(own: Path) -> None:
     namespace = own.stem.rpartition("-")[2]
     for place in own.parent.glob("userspace-ipv[46]-*.sock"):
         if f"-{namespace}." not in place.name and is_abandoned(place):
-            aside = place.with_suffix(f".{os.getpid()}-aside")
+            aside = place.with_name(f"aside.{os.getpid()}")  # short, as paths of sockets must be
             with contextlib.suppress(OSError):
                 place.rename(aside)
                 if is_abandoned(aside):
