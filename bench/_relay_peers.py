@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ START_SECONDS = 10
 IPV4_NAME = 16  # bytes of a struct sockaddr_in
 HAPROXY = """\
 global
-  nbthread 1
+  nbthread {threads}
 defaults
   mode tcp
   timeout connect 5s
@@ -63,16 +63,18 @@ class Ports(NamedTuple):
 
 
 class Target(NamedTuple):
-    pid: int
+    """Who is measured: its processes, and where they are to be reached."""
+
+    pids: tuple[int, ...]
     ports: Ports
 
     def cpu_seconds(self) -> float:
-        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        tasks = [task for pid in self.pids for task in Path(f"/proc/{pid}/task").iterdir()]
         return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
     def memory_bytes(self) -> int:
-        pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGESIZE")
+        statms = [Path(f"/proc/{pid}/statm").read_text() for pid in self.pids]
+        return sum(int(text.split()[1]) for text in statms) * os.sysconf("SC_PAGESIZE")
 
 
 class Echo(asyncio.Protocol):
@@ -134,12 +136,13 @@ async def backend() -> None:
     await asyncio.Event().wait()
 
 
-async def relay(ports: Ports) -> None:
+async def relay(ports: Ports, own: Ports) -> None:
+    """Relay to these ports, at ports of its own; at 0, at whichever is free."""
     around = Surroundings()
     tcp = TcpRelay(lambda: around, lambda _result: None)
     udp = UdpRelay(tcp.poller, lambda: around, IdleTimeouts(), lambda _result: None)
     sockets = []
-    for name, port in ports._asdict().items():
+    for name, port, own_port in zip(Ports._fields, ports, own, strict=True):
         proto = "UDP" if name == "datagrams" else "TCP"
         pool = Pool((Backend(Address(IP, port), is_local=True),))
         picker = Picker(random.randrange)
@@ -147,7 +150,7 @@ async def relay(ports: Ports) -> None:
         action = Forward(pool)
         route = Route(Frontend(IP, 1, proto), "ClusterIP", action, action, action)
         listener = Listener(ServicePortName("bench", name, "", proto), route)
-        sock = listening(IP, 0, proto, wildcard=False)
+        sock = listening(IP, own_port, proto, wildcard=False)
         sockets.append(sock)
         if proto == "TCP":
             TcpFront(tcp, [sock], listener, picker)
@@ -169,7 +172,7 @@ def running(*role: object) -> Iterator[Target]:
     try:
         assert process.stdout is not None
         words = process.stdout.readline().split()
-        yield Target(process.pid, Ports(*(int(word) for word in words)))
+        yield Target((process.pid,), Ports(*(int(word) for word in words)))
     finally:
         process.kill()
         process.wait()
@@ -177,7 +180,18 @@ def running(*role: object) -> Iterator[Target]:
 
 
 @contextmanager
-def haproxy(ports: Ports) -> Iterator[Target]:
+def relays(ports: Ports, workers: int) -> Iterator[Target]:
+    """Run so many processes that relay, at the same ports."""
+    with ExitStack() as stack:
+        first = stack.enter_context(running("relay", *ports, *[0] * len(ports)))
+        others = [
+            stack.enter_context(running("relay", *ports, *first.ports)) for _ in range(1, workers)
+        ]
+        yield Target(tuple(pid for each in (first, *others) for pid in each.pids), first.ports)
+
+
+@contextmanager
+def haproxy(ports: Ports, threads: int) -> Iterator[Target]:
     own = Ports(*free_ports(socket.SOCK_STREAM, 3))
     lines = [
         f"listen {name}\n  bind {IP}:{near}\n  server s {IP}:{far}\n"
@@ -185,9 +199,9 @@ def haproxy(ports: Ports) -> Iterator[Target]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "haproxy.cfg")
-        config.write_text(HAPROXY + "".join(lines))
+        config.write_text(HAPROXY.format(threads=threads) + "".join(lines))
         with listening_process(["haproxy", "-db", "-q", "-f", str(config)], own.sink) as pid:
-            yield Target(pid, own)
+            yield Target((pid,), own)
 
 
 @contextmanager
@@ -201,7 +215,7 @@ def nginx(ports: Ports) -> Iterator[Target]:
         config = Path(folder, "nginx.conf")
         config.write_text(NGINX.format(modules=NGINX_MODULES, folder=folder, servers=servers))
         with listening_process(["nginx", "-p", folder, "-c", str(config)], own.sink) as pid:
-            yield Target(pid, own)
+            yield Target((pid,), own)
 
 
 @contextmanager
@@ -240,4 +254,6 @@ if __name__ == "__main__":
             uvloop.run(backend())
         case ["relay", *words]:
             with asyncio.Runner(loop_factory=RelayLoop) as runner:
-                runner.run(relay(Ports(*(int(word) for word in words))))
+                numbers = [int(word) for word in words]
+                half = len(numbers) // 2
+                runner.run(relay(Ports(*numbers[:half]), Ports(*numbers[half:])))

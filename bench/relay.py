@@ -1,9 +1,10 @@
 """The userspace relay beside HAProxy, nginx and no proxy at all, on loopback, in one run.
 
-python -m bench.relay [--rounds 9] [--only WORD] [--json FILE] [--chart FILE.png]
+python -m bench.relay [--rounds 9] [--only WORD] [--workers N] [--json FILE] [--chart FILE.png]
 
 Client, proxy and backend are processes that share the machine; every proxy is one process with one
-thread. HAProxy and nginx (with its stream module) take part where they are installed.
+thread, or with ``--workers`` so many processes, and HAProxy so many threads. HAProxy and nginx
+(with its stream module, always one process) take part where they are installed.
 """
 
 import argparse
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench._chart import draw_ratios
 from bench._relay_load import TESTS, Test, Work, stalled_bytes
-from bench._relay_peers import NGINX_MODULES, Target, haproxy, nginx, running
+from bench._relay_peers import NGINX_MODULES, Target, haproxy, nginx, relays, running
 
 MIB = 1 << 20
 PEERS = ("haproxy", "nginx")
@@ -68,9 +69,9 @@ def measure(options: argparse.Namespace) -> Figures:
     with ExitStack() as stack:
         backend = stack.enter_context(running("backend"))
         targets = {"direct": backend}
-        targets["pyproxy"] = stack.enter_context(running("relay", *backend.ports))
+        targets["pyproxy"] = stack.enter_context(relays(backend.ports, options.workers))
         if shutil.which("haproxy"):
-            targets["haproxy"] = stack.enter_context(haproxy(backend.ports))
+            targets["haproxy"] = stack.enter_context(haproxy(backend.ports, options.workers))
         if shutil.which("nginx") and (NGINX_MODULES / "ngx_stream_module.so").exists():
             targets["nginx"] = stack.enter_context(nginx(backend.ports))
         print("missing:", *(set(PEERS) - targets.keys()) or ["nothing"])
@@ -113,6 +114,7 @@ def show(name: str, unit: str, found: Mapping[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--workers", type=int, default=1, help="of pyproxy, and HAProxy's threads")
     parser.add_argument("--only", default="", help="a word of the names of tests")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     parser.add_argument("--chart", type=Path, help="a PNG; it needs the extra `bench`")
