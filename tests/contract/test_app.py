@@ -14,7 +14,7 @@ from msgspec import structs
 from pyproxy import host, own_node
 from pyproxy.app import App, Fatal, Settings
 from pyproxy.commands._ask import Daemon
-from pyproxy.config import Config, Userspace
+from pyproxy.config import Config, Conntrack, Userspace
 from pyproxy.demo.expect import Reply
 from pyproxy.demo.traffic import ask, http_status, serve
 from pyproxy.explain import Explanation
@@ -57,9 +57,17 @@ class Proxy:
             "healthz_bind_address": str(self.health),
             "metrics_bind_address": f"127.0.0.1:{free_port()}",
         }
-        # Of two at the same time in a network namespace, one would succeed the other.
-        alone = Userspace(runtime_dir=mkdtemp(prefix="pyproxy-test-"))
-        config = Config(mode="userspace", userspace=alone, **(addresses | fields))
+        # Of two at a time in a network namespace, one would succeed the other. That of root may
+        # be the machine's own, in which nothing is to be left: no program, rule, or limit.
+        alone = Userspace(
+            runtime_dir=mkdtemp(prefix="pyproxy-test-"),
+            capture="listeners",
+            socket_lb="off",
+            keep_client_address=False,
+        )
+        kernels = Conntrack(0, 0, 0.0, 0.0)
+        settled = {"mode": "userspace", "userspace": alone, "conntrack": kernels}
+        config = Config(**(settled | addresses | fields))
         settings = Settings(config, "here", (4,), {}, **dict(flags))
         self.app = App(settings, feed, Metrics("userspace", (4,)), SystemClock())
 
