@@ -191,7 +191,7 @@ class Frontends:
             listed, rules = self._vips.listed(), self._lost_rules()
         found = [d for f, listener in wanted.items() for d in self._fronts.differing(f, listener)]
         own, held = self._around.node_ips, self._fronts.held()
-        needed = {vip_of(f, li.route, own) for f, li in wanted.items() if f in held} - {None}
+        needed = {vip_of(f, li.route, own) for f, li in wanted.items() if f in held}
         missing = sorted(vip for vip in needed if vip is not None and vip not in listed)
         lost = [Difference(f"local route {vip.ip}", "a route of ours", None) for vip in missing]
         tables = (await changed_tables(self._tabled())).values()
