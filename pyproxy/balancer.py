@@ -16,6 +16,7 @@ LONGEST_TURN = 1024  # picks; weights that need more are rounded, but in large p
 SLOTS_EACH = 16  # for each backend of a large pool: so long may its turn be
 MOST_CLIENTS = 65535  # that affinity remembers: as many as a set of mode nftables
 NOBODY: frozenset[Address] = frozenset()
+IN_TURN: frozenset[Scheduler | None] = frozenset({None, "rr", "wrr"})
 # Schedulers that differ only in the kernel's virtual servers.
 BY_CLIENT: frozenset[Scheduler | None] = frozenset({"sh", "dh", "mh"})
 BY_CONNECTIONS: frozenset[Scheduler | None] = frozenset({"lc", "wlc", "sed", "nq"})
@@ -28,7 +29,7 @@ class Picker:
     address of the Service it uses) and its connection counts.
     """
 
-    __slots__ = ("_affinity", "_choose", "_is_full", "_on_full", "_open", "_turns")
+    __slots__ = ("_affinity", "_choose", "_is_full", "_on_full", "_open", "_turns", "counts")
 
     def __init__(
         self, choose: Callable[[int], int], on_full: Callable[[], None] = lambda: None
@@ -44,6 +45,7 @@ class Picker:
         self._affinity: OrderedDict[str, tuple[Address, float]] = OrderedDict()
         self._is_full = False
         self._open: dict[Address, int] = {}
+        self.counts = False  # a scheduler looks at how many connections there are
 
     def use(self, pools: Collection[Pool]) -> None:
         """Have turns for these pools, and forget all others.
@@ -56,6 +58,7 @@ class Picker:
         for pool in pools:
             same = next((turn for turn in old if turn.pool == pool), None)
             self._turns[id(pool)] = same.of(pool) if same else Turn(pool)
+        self.counts = any(pool.scheduler in BY_CONNECTIONS for pool in pools)
 
     def pick(
         self, pool: Pool, client: str, now: float, avoid: Collection[Address] = NOBODY
@@ -68,6 +71,8 @@ class Picker:
         turn = self._turns[id(pool)]
         if not turn.cycle:
             turn.begin(self._choose)
+        if turn.is_plain and not avoid:
+            return turn.next()
         seconds = pool.affinity_seconds
         if seconds is None:
             return self._scheduled(turn, client, avoid)
@@ -93,7 +98,7 @@ class Picker:
         return backend in self._turns[id(pool)].local
 
     def opened(self, backend: Address) -> None:
-        """Count a connection that now exists; some schedulers look at the counts."""
+        """Count a connection that now exists. Whose opening was not counted, whose end is not."""
         self._open[backend] = self._open.get(backend, 0) + 1
 
     def closed(self, backend: Address) -> None:
@@ -144,7 +149,7 @@ class Picker:
 class Turn:
     """One full cycle of a pool, and where it is. It has begun when somebody is given a backend."""
 
-    __slots__ = ("at", "cycle", "local", "members", "pool", "scheduler")
+    __slots__ = ("at", "cycle", "is_plain", "local", "members", "pool", "scheduler")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -152,6 +157,7 @@ class Turn:
         self.cycle: tuple[Address, ...] = ()  # until it begins
         self.members: frozenset[Address] = frozenset()
         self.local: frozenset[Address] = frozenset()
+        self.is_plain = pool.affinity_seconds is None and pool.scheduler in IN_TURN
         self.at = 0
 
     def begin(self, choose: Callable[[int], int]) -> None:

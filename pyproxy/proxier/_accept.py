@@ -12,7 +12,7 @@ from pyproxy.proxier._meter import Meter
 from pyproxy.proxier._poller import IN
 from pyproxy.proxier._sockets import reset
 from pyproxy.proxier._tcp import TcpRelay
-from pyproxy.rules.listeners import Listener, Surroundings, action_for
+from pyproxy.rules.listeners import Listener, Surroundings, action_for, action_for_all
 
 AT_ONCE = 64
 
@@ -50,33 +50,28 @@ class Acceptor:
     def ready(self, _events: int) -> None:
         """Accept one client; many if they come so thick that they are met round after round."""
         relay = self._relay
-        is_busy = relay.poller.rounds == self._round + 1
-        self._round = relay.poller.rounds
+        rounds = relay.poller.rounds
+        is_busy = rounds == self._round + 1
+        self._round = rounds
         for _ in range(AT_ONCE if is_busy else 1):
             if relay.starving:
                 self._pause()
                 return
-            if not self._accept():
+            try:
+                # accept() would ask twice for what is known.
+                fd, peer = self._sock._accept()  # type: ignore[attr-defined]
+            except (BlockingIOError, ConnectionAbortedError):
                 return
-
-    def _accept(self) -> bool:
-        """Say whether there may be more."""
-        try:
-            # accept() would ask twice for what is known.
-            fd, peer = self._sock._accept()  # type: ignore[attr-defined]
-        except (BlockingIOError, ConnectionAbortedError):
-            return False
-        except OSError as error:
-            self._relay.refused(error)
-            self._pause()
-            return False
-        client = SocketType(self._family, socket.SOCK_STREAM, 0, fd)
-        front = self._entrance.front_of(client)
-        if front is None:
-            reset(client)
-        else:
-            Dial(self._relay, front, client, peer[0]).begin()
-        return True
+            except OSError as error:
+                relay.refused(error)
+                self._pause()
+                return
+            client = SocketType(self._family, socket.SOCK_STREAM, 0, fd)
+            front = self._entrance.front_of(client)
+            if front is None:
+                reset(client)
+            else:
+                Dial(relay, front, client, peer[0]).begin()
 
     def _pause(self) -> None:
         """Leave the backlog alone for a while: an unreadable listener would spin the loop."""
@@ -91,15 +86,18 @@ class Acceptor:
 class TcpFront:
     """One TCP frontend: what is to happen to who connects, and its own sockets, if it has any."""
 
+    listener: Listener
+    picker: Picker
+    always: Action | None
+
     def __init__(
         self, relay: TcpRelay, sockets: Iterable[socket.socket], listener: Listener, picker: Picker
     ) -> None:
         self.is_open = True
         self.sockets = list(sockets)
-        self.listener = listener
-        self.picker = picker
         self.meter = Meter()
         self._relay = relay
+        self.update(listener, picker)
         for sock in self.sockets:
             listen(relay, sock, self)
 
@@ -114,9 +112,11 @@ class TcpFront:
         """Treat new connections so from now on; those that exist are left alone."""
         self.listener = listener
         self.picker = picker
+        self.always = action_for_all(listener.route)
 
     def close(self) -> None:
         self.is_open = False
+        self.always = None
         sockets, self.sockets = self.sockets, []
         for sock in sockets:
             unlisten(self._relay, sock)

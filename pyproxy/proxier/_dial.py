@@ -1,23 +1,27 @@
 """Calls backends for a client of TCP, one after another, until one answers."""
 
+import logging
 import socket
 from contextlib import suppress
 from errno import EADDRNOTAVAIL, EALREADY, EINPROGRESS, EINVAL
 from socket import IPPROTO_TCP, TCP_CONGESTION, SocketType
+from time import monotonic
 from typing import Protocol
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Action, Address, Forward
 from pyproxy.proxier._meter import Meter
-from pyproxy.proxier._poller import ERROR, HUP
+from pyproxy.proxier._poller import ERROR, HUP, IN
 from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES
 from pyproxy.proxier._tcp import TcpConnection, TcpRelay
-from pyproxy.proxier._transparent import dress, take_any_port
+from pyproxy.proxier._transparent import Transparent, dress, take_any_port
 from pyproxy.rules.listeners import Surroundings
 
 TIMEOUTS = (0.25, 0.5, 1.0, 2.0)  # seconds; kube-proxy's userspace mode had the same
 PAUSE_SECONDS = 0.2  # without file descriptors, until the next attempt
 PAUSES = 20  # until a connection without a file descriptor for its backend is given up
+
+log = logging.getLogger(__name__)
 
 
 class Front(Protocol):
@@ -25,6 +29,7 @@ class Front(Protocol):
 
     picker: Picker
     meter: Meter
+    always: Action | None  # what becomes of all; None: action() knows
 
     def action(self, ip: str, around: Surroundings) -> Action: ...
 
@@ -37,13 +42,12 @@ class Dial:
 
     __slots__ = (
         "_address",
-        "_attempts",
         "_backend",
+        "_counter",
         "_front",
         "_ip",
         "_is_dressed",
         "_pauses",
-        "_picker",
         "_relay",
         "_tried",
         "_waiting",
@@ -52,13 +56,12 @@ class Dial:
     )
 
     _address: Address
-    _picker: Picker
+    _counter: Picker | None
 
     def __init__(self, relay: TcpRelay, front: Front, client: SocketType, ip: str) -> None:
         self._relay = relay
         self._front = front
         self._ip = ip
-        self._attempts = 0
         self._pauses = 0
         self._tried: tuple[Address, ...] = ()
         self._backend: SocketType | None = None
@@ -70,34 +73,38 @@ class Dial:
     def begin(self) -> None:
         """Call a backend, with what the plan says by now."""
         relay, front, ip = self._relay, self._front, self._ip
-        now = relay.loop.time()
-        while self._attempts < len(TIMEOUTS):
-            action, picker = front.action(ip, relay.surroundings()), front.picker
+        now = monotonic()
+        while len(self._tried) < len(TIMEOUTS):
+            action = front.always or front.action(ip, relay.surroundings())
             if not isinstance(action, Forward):
-                front.meter.rejected += not self._attempts
-                self._lose("no_endpoint" if self._attempts else None)
+                front.meter.rejected += not self._tried
+                self._lose("no_endpoint" if self._tried else None)
                 return
             backend = relay.new_socket(self.client.family, now)
             if backend is None:
                 relay.starving.add(self)
                 self._wait(now + PAUSE_SECONDS)
                 return
+            picker = front.picker
             address = picker.pick(action.pool, ip, now, self._tried)
             self._tried += (address,)
-            seconds = TIMEOUTS[self._attempts]
-            self._attempts += 1
             if relay.local_congestion_control and picker.is_local(action.pool, address):
-                with suppress(OSError):  # then it is paced as all are
-                    backend.setsockopt(IPPROTO_TCP, TCP_CONGESTION, relay.local_congestion_control)
-            error = self._call(backend, action, address, now)
-            if error and error != EALREADY:
+                unpace(backend, relay.local_congestion_control)
+            error_number = (
+                called(backend, address)
+                if relay.transparent is None
+                else self._call(relay.transparent, backend, action, address, now)
+            )
+            if error_number and error_number != EALREADY:
                 backend.close()
                 continue
-            picker.opened(address)  # others that dial meanwhile shall know
-            self._backend, self._picker, self._address = backend, picker, address
-            if error:
+            self._counter = picker if picker.counts else None
+            if self._counter is not None:
+                self._counter.opened(address)  # others that dial meanwhile shall know
+            self._backend, self._address = backend, address
+            if error_number:
                 relay.poller.add(backend.fileno(), READS_AND_WRITES, self)
-                self._wait(now + seconds)
+                self._wait(now + TIMEOUTS[len(self._tried) - 1])
             else:
                 self._join(backend)
             return
@@ -117,8 +124,7 @@ class Dial:
         if self._backend is not None:
             if self._is_dressed and self._relay.transparent is not None:
                 # Once more, as this node: perhaps the answers go another way.
-                self._relay.transparent.distrust(self._address, self._relay.loop.time())
-                self._attempts -= 1
+                self._relay.transparent.distrust(self._address, monotonic())
                 self._tried = self._tried[:-1]
             self._drop()
         else:
@@ -142,9 +148,10 @@ class Dial:
 
     def _join(self, backend: SocketType, events: int = 0) -> None:
         relay, poller = self._relay, self._relay.poller
-        relay.dialled(self)
+        if self._waiting is not None:
+            relay.dialled(self)
         connection = TcpConnection(
-            relay, self.client, backend, self._picker, self._address, self._front.meter
+            relay, self.client, backend, self._address, self._front.meter, self._counter
         )
         near, far = connection.near, connection.far
         if events:
@@ -154,22 +161,26 @@ class Dial:
             poller.add(far.fd, READS, far)
         if self._waiting is not None:
             poller.lead(near.fd, near)
-            near.ready(self._waiting.events)
+            near.catch_up(self._waiting.events)
         else:
-            near.pump()  # most clients have spoken by now
+            near.catch_up(IN)  # most clients have spoken by now
             if not near.is_over:
                 poller.add(near.fd, READS, near)
         if events and not far.is_over:
-            far.ready(events)
+            far.catch_up(events)
 
-    def _call(self, backend: SocketType, action: Forward, address: Address, now: float) -> int:
+    def _call(
+        self,
+        transparent: Transparent,
+        backend: SocketType,
+        action: Forward,
+        address: Address,
+        now: float,
+    ) -> int:
         """Connect, as the client if it keeps its address; return the error."""
-        transparent = self._relay.transparent
-        guise = None
-        if transparent is not None:
-            guise = transparent.guise(action, self._ip, address, now)
+        guise = transparent.guise(action, self._ip, address, now)
         self._is_dressed = guise is not None
-        if transparent is None or guise is None:
+        if guise is None:
             return called(backend, address)
         try:
             dress(backend, guise)
@@ -184,17 +195,19 @@ class Dial:
 
     def _drop(self) -> None:
         if self._backend is not None:
-            self._picker.closed(self._address)
-            self._relay.poller.close_socket(self._backend)
+            if self._counter is not None:
+                self._counter.closed(self._address)
+            self._relay.poller.close_sockets(self._backend)
             self._backend = None
 
     def _lose(self, result: str | None) -> None:
         """Reset the client, for it has no backend."""
         self._relay.starving.discard(self)
-        self._relay.dialled(self)
+        if self._waiting is not None:
+            self._relay.dialled(self)
         with suppress(OSError):
             self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-        self._relay.poller.close_socket(self.client)
+        self._relay.poller.close_sockets(self.client)
         if result is not None:
             self._relay.observe(result)
 
@@ -212,6 +225,14 @@ class Waiting:
         self.events |= events
         if events & ERROR:
             self._dial.give_up()
+
+
+def unpace(sock: SocketType, congestion_control: bytes) -> None:
+    """Have a connection inside of this node controlled so; without that it is paced as all are."""
+    try:
+        sock.setsockopt(IPPROTO_TCP, TCP_CONGESTION, congestion_control)
+    except OSError as error:
+        log.debug("a local connection is paced", extra={"error": str(error)})
 
 
 def called(sock: SocketType, address: Address) -> int:

@@ -190,7 +190,7 @@ class Flow:
             return
         for sock in (self._far, self._near):
             if sock is not None:
-                self._front.relay.poller.close_socket(sock)
+                self._front.relay.poller.close_sockets(sock)
         self._over()
 
     def given(self) -> GivenFlow:

@@ -35,8 +35,11 @@ class Meter:
         self.rejected = 0  # clients that were accepted, to be reset at once
         self._sums: defaultdict[Address, Carried] = defaultdict(Carried)
 
-    def opened(self, address: Address) -> None:
-        self._sums[address].connections += 1
+    def opened(self, address: Address) -> Carried:
+        """Count a connection; return the sums of its endpoint."""
+        sums = self._sums[address]
+        sums.connections += 1
+        return sums
 
     def closed(self, address: Address, carried: Carried) -> None:
         self._sums[address].add(carried)

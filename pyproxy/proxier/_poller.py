@@ -10,13 +10,13 @@ file descriptor more, that of the epoll, and each round costs a turn of the loop
 
 import asyncio
 import select
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
 from selectors import EVENT_READ, EVENT_WRITE, BaseSelector, SelectorKey
 from socket import SocketType
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
@@ -35,7 +35,19 @@ Args = TypeVarTuple("Args")
 class Watcher(Protocol):
     """Somebody who wants to know what happens to a socket."""
 
-    def ready(self, events: int, /) -> None: ...
+    def ready(self, events: int, /) -> "Writer | None":
+        """Return who has read something, to write it when all have been told; if anybody has."""
+
+
+class Writer(Protocol):
+    """Somebody who has read something. All are of one kind."""
+
+    @staticmethod
+    def write_all(writers: "Sequence[Any]") -> "Sequence[Writer]":
+        """Write what these have read; return those that may have more to read."""
+
+    def pump(self) -> None:
+        """Read and write what there is."""
 
 
 class Poller:
@@ -57,7 +69,7 @@ class Poller:
         poller = loop.poller if isinstance(loop, RelayLoop) else _of_loops.get(loop)
         if poller is None:
             poller = _of_loops[loop] = cls(select.epoll())
-            loop.add_reader(poller._epoll.fileno(), poller.tell, 0.0)
+            loop.add_reader(poller._epoll.fileno(), poller.look)
         poller._users += 1
         return poller
 
@@ -82,16 +94,17 @@ class Poller:
         if self._watchers.pop(fd, None) is not None and not self._epoll.closed:
             self._epoll.unregister(fd)
 
-    def close_socket(self, sock: SocketType) -> None:
-        """Close a socket and forget it.
+    def close_sockets(self, *sockets: SocketType) -> None:
+        """Close sockets and forget them.
 
-        Its number must not be another's before all events that the kernel has told are passed on.
+        Their numbers must not be others' before all events that the kernel has told are passed on.
         """
-        self._watchers.pop(sock.fileno(), None)
-        if self._is_telling:
-            self._closing.append(sock)
-        else:
-            sock.close()
+        for sock in sockets:
+            self._watchers.pop(sock.fileno(), None)
+            if self._is_telling:
+                self._closing.append(sock)
+            else:
+                sock.close()
 
     def again(self, call: Callable[[], None]) -> None:
         """Call when others have had their turn."""
@@ -108,12 +121,15 @@ class Poller:
             loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
 
-    def tell(self, seconds: float) -> list[tuple[int, int]]:
-        """Wait so long for events, or for ever, and pass them on; return those nobody watches."""
+    def look(self) -> None:
+        """Pass on the events there are."""
+        self.tell(self._epoll.poll(0, EVENTS_AT_ONCE))
+
+    def tell(self, found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Pass on these events of one round; return those that nobody watches."""
         self.rounds += 1
         watcher_of = self._watchers.get
-        others = []
-        found = self._epoll.poll(seconds, EVENTS_AT_ONCE)
+        others, writers = [], []
         self._is_telling = True
         for fd, events in found:
             watcher = watcher_of(fd)
@@ -121,14 +137,27 @@ class Poller:
                 others.append((fd, events))
                 continue
             try:
-                watcher.ready(events)  # others are told but once, too
+                writer = watcher.ready(events)  # others are told but once, too
             except Exception as error:
                 tell_of(error)
+                continue
+            if writer is not None:
+                writers.append(writer)
+        if writers:
+            self._write(writers)
         self._is_telling = False
         for sock in self._closing:
             sock.close()
         self._closing.clear()
         return others
+
+    def _write(self, writers: list[Writer]) -> None:
+        """Have all write what they have read in this round."""
+        for writer in writers[0].write_all(writers):
+            try:
+                writer.pump()
+            except Exception as error:  # others may have more to read, too
+                tell_of(error)
 
     def _repeat(self) -> None:
         calls, self._again = self._again, []
@@ -226,9 +255,10 @@ class Inside(BaseSelector):
         """Tell the poller's watchers until the loop has something to do itself."""
         self.is_wanted = False
         seconds = FOR_EVER if timeout is None else max(timeout, 0.0)
-        until = monotonic() + seconds
+        poll, until = self._epoll.poll, monotonic() + seconds
         while True:
-            others = self.poller.tell(seconds)
+            found = poll(seconds, EVENTS_AT_ONCE)
+            others = self.poller.tell(found)
             if others or self.is_wanted or not seconds:
                 return [found for fd, events in others for found in self._known(fd, events)]
             if seconds != FOR_EVER:

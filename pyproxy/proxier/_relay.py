@@ -1,15 +1,19 @@
 """Relays bytes between two connected sockets until both sides have ended.
 
 Few bytes are read and written here. Many go through a pipe, from socket to socket inside the
-kernel: a read that fills the buffer changes to that, a small one changes back. What one side
-does, the other sees: an end of stream becomes an end of stream, a reset becomes a reset. A reader
-that stalls stops the writer, at a cost of one buffer or one pipe for a direction.
+kernel: a read of all that is taken at once changes to that, a small one changes back. What one
+side does, the other sees: an end of stream becomes an end of stream, a reset becomes a reset. A
+reader that stalls stops the writer, at a cost of one read or one pipe for a direction.
 
-Why a read that is not filled needs no other after it: the socket was empty then, and what comes
-later is told anew. Except for the end of the stream, which may have been told already.
+What many sides say in one round of the poller is read first and written then: the processor has
+the kernel's reading at hand as long as it reads, and its writing as long as it writes.
+
+Why a read that gets less than it may needs no other after it: the socket was empty then, and what
+comes later is told anew. Except for the end of the stream, which may have been told already.
 """
 
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from socket import (
     IPPROTO_TCP,
@@ -27,16 +31,15 @@ from pyproxy.proxier._poller import EDGE, ENDED, ERROR, HUP, IN, OUT, Poller
 from pyproxy.proxier._splice import Pipe, Pipes
 
 SMALL = 16 * 1024  # bytes that are copied at a time
-TURNS = 4  # pipes or buffers full, until others have their turn
+FEW = 448  # bytes that most messages are below; Python has memory for them at hand, up to 479
+TURNS = 4  # pipes or reads full, until others have their turn
 READS = IN | ENDED | EDGE
 READS_AND_WRITES = READS | OUT
 PATIENCE = 2  # writes to a side, until it is told to wait with none
 SOMETHING = IN | ENDED | HUP | ERROR
 LAST = ENDED | HUP | ERROR
+GOING = IN | ENDED | HUP  # what a side does that goes in order
 LINGER_RESET = struct.pack("=ii", 1, 0)
-
-BUFFER = memoryview(bytearray(SMALL))  # nothing stays in it: one thread, no waiting in between
-SHORT = [BUFFER[:count] for count in range(513)]  # made once: that takes as long as half a call
 
 
 class Held(Struct, frozen=True):
@@ -95,12 +98,14 @@ class Connection:
         """Take note that both sockets are no longer ours."""
 
     def _over(self) -> None:
-        for side in (self.near, self.far):
+        near, far = self.near, self.far
+        for side in (near, far):
             side.is_over = side.ended = True
-            self.poller.close_socket(side.sock)
+            side.left = None
             if side.pipe is not None:
                 self.pipes.give_back(side.pipe)
             del side.other, side.connection  # no cycles for the garbage collector
+        self.poller.close_sockets(near.sock, far.sock)
         self.closed()
 
 
@@ -108,6 +113,7 @@ class Side:
     """One side of a connection, and what is on its way from it to the other."""
 
     __slots__ = (
+        "at_once",
         "carried",
         "connection",
         "ended",
@@ -129,6 +135,7 @@ class Side:
         self.connection = connection
         self.sock = sock
         self.fd = sock.fileno()
+        self.at_once = FEW  # bytes that are read first
         self.carried = 0  # bytes that this side has said
         self.is_over = False  # the connection is closed
         self.ended = False  # nothing more will be read from this side
@@ -145,27 +152,53 @@ class Side:
             left = self.pipe.drained()
             self.connection.pipes.give_back(self.pipe)
             self.pipe = None
+        self.left = None
         held = Held(self.ended, left)
         self.connection.poller.discard(self.fd)
         self.is_over = self.ended = True
         return held
 
-    def ready(self, events: int) -> None:
-        """Take note of events of this side's socket."""
-        if events == IN and self.pipe is None and self.left is None and not self.ended:
-            self._copy()
-            return
+    def ready(self, events: int) -> "Side | None":
+        """Take note of events of this side's socket. A short message is but read: see Poller."""
+        if events & ~GOING:
+            if not self._goes_on(events):
+                return None
+        elif events != IN:
+            self.has_last = True
+        if self.pipe is not None or self.left is not None or self.ended:
+            self.pump()
+            return None
+        try:
+            data = self.sock.recv(self.at_once, MSG_DONTWAIT)
+            if len(data) >= FEW:
+                data = self._whole(data)
+        except OSError as error:
+            self._stopped(error)
+            return None
+        if data:
+            self.carried += len(data)
+            self.left = data
+            return self
+        self._end()
+        return None
+
+    def catch_up(self, events: int) -> None:
+        """Take note of what somebody else was told, or nobody."""
+        if self.ready(events) is not None and self.write_all((self,)):
+            self.pump()
+
+    def _goes_on(self, events: int) -> bool:
+        """Take note of rare events; say whether there is something to read, too."""
         if events & OUT and self.other.is_held_up():
             self.other.pump()
             if self.is_over:
-                return
+                return False
         if events & LAST:
             self.has_last = True
             if events & ERROR and (self.ended or self.is_held_up()):
                 self.connection.abort()
-                return
-        if events & SOMETHING and not self.ended:
-            self.pump()
+                return False
+        return events & SOMETHING != 0
 
     def is_held_up(self) -> bool:
         """Say whether the other side must take something, before more is read from this one."""
@@ -173,66 +206,73 @@ class Side:
 
     def pump(self) -> None:
         """Pass on what this side has said, until there is no more or the other takes no more."""
+        if self.ended:
+            return
         if self.pipe is not None:
             self._splice(self.pipe)
-        elif self.left is None or self._flush(self.left):
+            return
+        if self.left is not None:
+            self.write_all((self,))
+        if self.left is None and not self.ended:
             self._copy()
 
-    def _copy(self) -> None:
-        """Read and write. Nothing more is called for a small message, which most are."""
-        other = self.other
-        turns = TURNS
-        while turns:
-            count = -1
+    @staticmethod
+    def write_all(sides: "Sequence[Side]") -> "list[Side]":
+        """Give the others what these have said; return those that may have more to say."""
+        more = []
+        for side in sides:
+            left = side.left
+            if left is None:  # it is written, or the connection is over
+                continue
+            other = side.other
             try:
-                count = self.sock.recv_into(BUFFER, SMALL, MSG_DONTWAIT)
-                if not count:
-                    self._end()
-                    return
-                self.carried += count
-                data = SHORT[count] if count < len(SHORT) else BUFFER[:count]
-                taken = other.sock.send(data, MSG_DONTWAIT)
+                taken = other.sock.send(left, MSG_DONTWAIT)
+                if taken != len(left):
+                    side.left = left[taken:]
+                    other.watch_writing()
+                    continue
+                side.left = None
+                if other.patience:
+                    other.lose_patience()
+                if taken >= SMALL or side.has_last:
+                    more.append(side)
+            except BlockingIOError:
+                other.watch_writing()
+            except OSError:
+                side._refused()
+        return more
+
+    def _copy(self) -> None:
+        """Read and write until there is nothing more, or enough for a pipe."""
+        for _ in range(TURNS):
+            try:
+                data = self.sock.recv(SMALL, MSG_DONTWAIT)
             except OSError as error:
-                self._stopped(error, count)
+                self._stopped(error)
                 return
-            if taken != count:
-                self._keep(BUFFER[taken:count])
+            if not data:
+                self._end()
                 return
-            if other.patience:
-                other.lose_patience()
-            if count < SMALL and not self.has_last:
+            self.carried += len(data)
+            self.left = data
+            if not self.write_all((self,)):
                 return
-            if count == SMALL and self._goes_through_pipe():
+            if len(data) == SMALL and self._goes_through_pipe():
                 return
-            turns -= 1
         self._soon()
 
-    def _stopped(self, error: OSError, count: int) -> None:
-        """See why nothing can be read, or else why so many bytes that were read are not taken."""
-        if isinstance(error, BlockingIOError):
-            if count > 0:
-                self._keep(BUFFER[:count])
-        elif count > 0:
-            self._refused()
-        else:
+    def _whole(self, data: bytes) -> bytes:
+        """Read on after a first read that was filled. Raises ``OSError``."""
+        if self.at_once == FEW:
+            self.at_once = SMALL  # where a long message came, more may follow
+            with suppress(BlockingIOError):
+                data += self.sock.recv(SMALL - FEW, MSG_DONTWAIT)
+        return data
+
+    def _stopped(self, error: OSError) -> None:
+        """See why nothing can be read."""
+        if not isinstance(error, BlockingIOError):
             self.connection.abort()
-
-    def _flush(self, left: bytes) -> bool:
-        """Give the other side what is left; say if it took all."""
-        try:
-            taken = self.other.sock.send(left, MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            self._refused()
-            return False
-        self.left = left[taken:] or None
-        return self.left is None
-
-    def _keep(self, data: memoryview) -> None:
-        """Keep what the other side does not take now."""
-        self.left = bytes(data)
-        self.other.watch_writing()
 
     def _goes_through_pipe(self) -> bool:
         """Go on through a pipe; False if there is none to be had."""
@@ -276,11 +316,7 @@ class Side:
 
     def _soon(self) -> None:
         """Go on when others have had their turn."""
-        self.connection.poller.again(self._resume)
-
-    def _resume(self) -> None:
-        if not self.ended:
-            self.pump()
+        self.connection.poller.again(self.pump)
 
     def _end(self) -> None:
         """Pass the end on; the other side may still have something to say."""

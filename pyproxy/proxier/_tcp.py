@@ -2,11 +2,9 @@
 
 import asyncio
 import logging
-import random
 import resource
-import socket
 from collections.abc import Callable, Iterator
-from socket import SocketType
+from socket import SOCK_NONBLOCK, SOCK_STREAM, SocketType
 from typing import Protocol
 
 from pyproxy.balancer import Picker
@@ -64,7 +62,7 @@ class TcpRelay:
         self._watched: set[TcpConnection] = set()
         self._dials: set[Dialling] = set()
         self._over = asyncio.Event()
-        self._shortage = Shortage()
+        self.shortage = Shortage()
         self._tick: asyncio.TimerHandle | None = None
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -99,8 +97,8 @@ class TcpRelay:
     def take_over(self, given: Given) -> None:
         """Go on with a connection that another process has given away."""
         client, backend = given.sockets
-        picker = Picker(random.randrange)  # whose backend it was is counted no more
-        connection = TcpConnection(self, client, backend, picker, given.backend, Meter())
+        # Whose backend it was is counted no more.
+        connection = TcpConnection(self, client, backend, given.backend, Meter(), None)
         connection.broken = given.broken
         connection.resume(given.near, given.far)
 
@@ -117,17 +115,19 @@ class TcpRelay:
         self.poller.close()
 
     def new_socket(self, family: int, now: float) -> SocketType | None:
+        """Return a socket that does not block; None if there is none to be had."""
         try:
-            sock = SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0)
+            sock = SocketType(family, SOCK_STREAM | SOCK_NONBLOCK, 0)
         except OSError as error:
             self.refused(error)
             return None
-        self._shortage.passed(now)
+        if self.shortage.is_met:
+            self.shortage.passed(now)
         return sock
 
     def refused(self, error: OSError) -> None:
         if error.errno in EXHAUSTED:
-            self._shortage.met(error, self.loop.time(), len(self._open))
+            self.shortage.met(error, self.loop.time(), len(self._open))
         else:
             log.warning("no socket", extra={"error": str(error)})
 
@@ -138,22 +138,22 @@ class TcpRelay:
             self._tick = self.loop.call_later(TICK_SECONDS, self._look_at_dials)
 
     def dialled(self, dial: Dialling) -> None:
-        """Take note that a dial is over."""
-        if self._dials:
-            self._dials.discard(dial)
-            self._over.set()
+        """Take note that a dial is over that took some time."""
+        self._dials.discard(dial)
+        self._over.set()
 
     def joined(self, connection: "TcpConnection") -> None:
         """Take note of a new connection."""
         self._open.add(connection)
-        self.observe("forwarded")
         if self._sweep is None:
             self._sweep = self.loop.call_later(SWEEP_SECONDS, self._look_after)
+        self.observe("forwarded")
 
     def parted(self, connection: "TcpConnection") -> None:
         """Take note that a connection is over."""
         self._open.discard(connection)
-        self._watched.discard(connection)
+        if connection in self._watched:
+            self._watched.discard(connection)
         if not self._open:
             self._over.set()
             self.pipes.close()
@@ -193,31 +193,34 @@ class TcpRelay:
 class TcpConnection(Connection):
     """A connection, and to whom it goes."""
 
-    __slots__ = ("_picker", "_relay", "address", "meter")
+    __slots__ = ("_counter", "_relay", "_sums", "address", "meter")
 
     def __init__(
         self,
         relay: TcpRelay,
         client: SocketType,
         backend: SocketType,
-        picker: Picker,
         address: Address,
         meter: Meter,
+        counter: Picker | None,
     ) -> None:
+        """``counter`` has counted that it was opened."""
         super().__init__(relay.poller, relay.pipes, client, backend)
         self._relay = relay
-        self._picker = picker
+        self._counter = counter
+        self._sums = meter.opened(address)
         self.address = address
         self.meter = meter
-        meter.opened(address)
         relay.joined(self)
 
     def carried(self) -> Carried:
         return Carried(bytes_in=self.near.carried, bytes_out=self.far.carried)
 
     def closed(self) -> None:
-        self._picker.closed(self.address)
-        self.meter.closed(self.address, self.carried())
+        if self._counter is not None:
+            self._counter.closed(self.address)
+        self._sums.bytes_in += self.near.carried
+        self._sums.bytes_out += self.far.carried
         self._relay.parted(self)
 
     def given(self) -> Given:

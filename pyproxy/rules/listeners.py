@@ -94,6 +94,14 @@ def action_for(route: Route, ip: str, around: Surroundings) -> Action:
     return action
 
 
+def action_for_all(route: Route) -> Action | None:
+    """Return what becomes of every connection; None if that depends on where it comes from."""
+    same = route.from_outside
+    if route.from_pod is same and route.from_node is same and route.allowed_sources is None:
+        return same
+    return None
+
+
 def needs_guard(route: Route) -> bool:
     """Say whether some sources must meet silence, which only the kernel can give them."""
     actions = (route.from_pod, route.from_node, route.from_outside)

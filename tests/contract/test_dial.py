@@ -29,9 +29,7 @@ async def test_a_backend_is_called_that_does_not_know_the_congestion_control(rel
         address = Address(*server.getsockname())
         pool, picker = Pool((Backend(address, is_local=True),)), Picker(lambda _below: 0)
         picker.use([pool])
-        front = SimpleNamespace(
-            picker=picker, meter=Meter(), action=lambda _ip, _around: Forward(pool)
-        )
+        front = SimpleNamespace(picker=picker, meter=Meter(), always=Forward(pool))
         near, client = pair()
         with client:
             Dial(relay, front, near, "192.0.2.1").begin()

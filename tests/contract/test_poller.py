@@ -95,7 +95,7 @@ async def test_busy_sockets_keep_nobody_from_their_turn(poller):
     await asyncio.sleep(0.01)
     assert busy.turns > turns
     for sock in busy.socks:
-        poller.close_socket(sock)
+        poller.close_sockets(sock)
 
 
 async def test_a_watcher_that_fails_keeps_no_event_from_others(poller):
@@ -116,7 +116,7 @@ async def test_a_watcher_that_fails_keeps_no_event_from_others(poller):
         await asyncio.sleep(0.01)
     assert [type(found["exception"]) for found in told] == [ZeroDivisionError] * 2
     for near, far in pairs:
-        poller.close_socket(near)
+        poller.close_sockets(near)
         far.close()
 
 
@@ -137,7 +137,7 @@ async def test_what_a_watcher_asks_of_the_loop_is_done_before_the_next_event(pol
     async with asyncio.timeout(2):
         assert [await done.get(), await done.get()] == ["callback", "timer"]
     late.cancel()
-    poller.close_socket(near)
+    poller.close_sockets(near)
     far.close()
 
 
@@ -197,6 +197,6 @@ def test_a_number_that_is_a_watchers_by_now_stays_watched():
         inside.poller.add(new.fileno(), IN | EDGE, watcher)
         inside.unregister(number)
         far.send(b"x")
-        inside.poller.tell(0.0)
+        inside.poller.look()
         assert events == [IN]
     inside.close()

@@ -15,7 +15,20 @@ from pyproxy.proxier._relay import READS, Connection
 from pyproxy.proxier._splice import Pipes
 
 SIZES = st.sampled_from(
-    [0, 1, 64, 1500, _relay.SMALL - 1, _relay.SMALL, _relay.SMALL + 1, 100_000, 1_000_000]
+    [
+        0,
+        1,
+        64,
+        _relay.FEW - 1,
+        _relay.FEW,
+        _relay.FEW + 1,
+        1500,
+        _relay.SMALL - 1,
+        _relay.SMALL,
+        _relay.SMALL + 1,
+        100_000,
+        1_000_000,
+    ]
 )
 SCRIPT = st.lists(st.tuples(SIZES, st.booleans()), max_size=6)  # what to say; then let others run
 NOISE = os.urandom(1_000_000)
@@ -108,6 +121,63 @@ async def test_an_answer_arrives_that_was_given_before_a_reset(pipes):
         backend.close()
         await connection.over.wait()
         assert client.recv(100) == b"too large"
+
+
+class Recorder:
+    """A socket, and what is done with it."""
+
+    def __init__(self, sock, done):
+        self._sock = sock
+        self._done = done
+
+    def recv(self, *args):
+        self._done.append("recv")
+        return self._sock.recv(*args)
+
+    def send(self, *args):
+        self._done.append("send")
+        return self._sock.send(*args)
+
+    def __getattr__(self, name):
+        return getattr(self._sock, name)
+
+
+async def test_what_many_say_at_once_is_read_first_and_written_then():
+    done = []
+    async with joined(8) as (client, backend, first), joined(8) as (other, behind, second):
+        for connection in (first, second):
+            for side in (connection.near, connection.far):
+                side.sock = Recorder(side.sock, done)
+        client.send(b"a")
+        other.send(b"b")
+        backend.send(b"c")
+        await asyncio.sleep(0.01)
+        assert done == ["recv"] * 3 + ["send"] * 3
+        heard = [sock.recv(2, socket.MSG_DONTWAIT) for sock in (backend, behind, client)]
+        assert heard == [b"a", b"b", b"c"]
+
+
+async def test_a_message_of_some_length_is_one_write():
+    done = []
+    async with joined(8) as (client, backend, connection):
+        connection.near.sock = Recorder(connection.near.sock, done)
+        connection.far.sock = Recorder(connection.far.sock, done)
+        for _ in range(2):
+            client.send(bytes(5000))
+            await asyncio.sleep(0.01)
+            assert len(backend.recv(9000, socket.MSG_DONTWAIT)) == 5000
+    assert done[:3] == ["recv", "recv", "send"]
+    assert done[3:5] == ["recv", "send"], "such messages are expected by now"
+
+
+async def test_what_was_read_is_not_written_to_a_side_that_is_gone_by_then():
+    async with joined(8) as (client, backend, connection):
+        client.send(b"x")
+        backend.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _relay.LINGER_RESET)
+        backend.close()
+        await connection.over.wait()
+        with pytest.raises(ConnectionResetError):
+            drain(client)
 
 
 def drain(sock):

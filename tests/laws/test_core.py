@@ -26,7 +26,7 @@ from pyproxy.model import (
 )
 from pyproxy.plan import Planner, plan_port
 from pyproxy.rules.guard import guard
-from pyproxy.rules.listeners import Surroundings, action_for
+from pyproxy.rules.listeners import Surroundings, action_for, action_for_all
 from tests.builders import SITE, address, endpoint_slice, service, service_port
 from tests.trace.cbpf import verdict
 
@@ -215,6 +215,8 @@ def test_a_guard_drops_exactly_what_the_route_drops(family, actions, data):
     route = Route(Frontend("10.96.0.1", 80, "TCP"), "LoadBalancer", *actions, allowed)
     program = guard(route, around, family)
     assert program is not None
+    for_all = action_for_all(route)
     for source in SOURCES[family]:
+        assert for_all is None or for_all is action_for(route, source, around)
         dropped = isinstance(action_for(route, source, around), Drop)
         assert verdict(program, source) is not dropped

@@ -105,6 +105,13 @@ def test_least_connections_prefers_the_idle_and_the_heavy(scheduler):
     assert A in picks(subject, chosen, 3)
 
 
+@pytest.mark.parametrize(
+    ("schedulers", "counts"), [(["rr", "random"], False), (["rr", "lc"], True), ([], False)]
+)
+def test_connections_are_counted_where_a_scheduler_looks_at_the_counts(schedulers, counts):
+    assert picker(*[pool([1], scheduler=scheduler) for scheduler in schedulers]).counts is counts
+
+
 def test_affinity_holds_until_the_client_was_silent_for_so_long():
     chosen = pool(affinity_seconds=10)
     subject = picker(chosen)
