@@ -9,10 +9,12 @@ file descriptor more, that of the epoll, and each round costs a turn of the loop
 """
 
 import asyncio
+import os
 import select
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
+from os import sched_yield
 from selectors import EVENT_READ, EVENT_WRITE, BaseSelector, SelectorKey
 from socket import SocketType
 from time import monotonic
@@ -29,6 +31,8 @@ ERROR = select.EPOLLERR
 EDGE = select.EPOLLET
 EVENTS_AT_ONCE = 64  # as many are passed on before the kernel is asked again
 FOR_EVER = -1.0
+AWAKE_SECONDS = 40e-6  # of one wait; in a virtual machine it takes about as long to be woken
+SHORT_SECONDS = 2 * AWAKE_SECONDS  # of a wait asleep, to be woken included
 Args = TypeVarTuple("Args")
 
 
@@ -228,6 +232,8 @@ class Inside(BaseSelector):
 
     def __init__(self) -> None:
         self.is_wanted = False  # the loop has been given something to do
+        self._is_close = False  # events follow one shortly after the other
+        self._has_company = len(os.sched_getaffinity(0)) > 1  # who calls us has a processor, too
         self._epoll = select.epoll()
         self.poller = Poller(self._epoll)
         self._keys: dict[int, SelectorKey] = {}  # by file descriptor
@@ -257,12 +263,35 @@ class Inside(BaseSelector):
         seconds = FOR_EVER if timeout is None else max(timeout, 0.0)
         poll, until = self._epoll.poll, monotonic() + seconds
         while True:
-            found = poll(seconds, EVENTS_AT_ONCE)
+            began_at = monotonic()
+            if self._is_close and seconds:
+                found = poll(0, EVENTS_AT_ONCE)
+                self._is_close = not found
+                if not found:
+                    found = self._stay_awake(began_at, seconds)
+            else:
+                found = poll(seconds, EVENTS_AT_ONCE)
+                is_short = monotonic() - began_at < SHORT_SECONDS
+                self._is_close = is_short and len(found) == 1 and self._has_company
             others = self.poller.tell(found)
             if others or self.is_wanted or not seconds:
                 return [found for fd, events in others for found in self._known(fd, events)]
             if seconds != FOR_EVER:
                 seconds = max(until - monotonic(), 0.0)
+
+    def _stay_awake(self, began_at: float, seconds: float) -> list[tuple[int, int]]:
+        """Return what happens soon, or else what happens while asleep.
+
+        To fall asleep and to be woken costs more than a short wait does, time and processor. So
+        after a wait that was short the next is spent awake, unless it turns out to be long.
+        """
+        while monotonic() - began_at < AWAKE_SECONDS:
+            sched_yield()  # to whoever has something to do
+            found = self._epoll.poll(0, EVENTS_AT_ONCE)
+            if found:
+                return found
+        self._is_close = False
+        return self._epoll.poll(seconds, EVENTS_AT_ONCE)
 
     def _known(self, fd: int, events: int) -> Iterator[tuple[SelectorKey, int]]:
         key = self._keys.get(fd)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pyproxy.proxier import _poller
 from pyproxy.proxier._poller import EDGE, IN, Inside, Poller, RelayLoop
 from tests.netns.abuse import open_files
 
@@ -200,3 +201,63 @@ def test_a_number_that_is_a_watchers_by_now_stays_watched():
         inside.poller.look()
         assert events == [IN]
     inside.close()
+
+
+class Epoll:
+    """Tells what a script has: after how many seconds, and how many events at once."""
+
+    def __init__(self, script, monkeypatch):
+        self.now = 0.0
+        self.naps = []  # for each wait of the script, whether it was slept through
+        self._script = list(script)
+        self._due = self.now + self._script[0][0]
+        monkeypatch.setattr(_poller, "monotonic", lambda: self.now)
+        monkeypatch.setattr(_poller, "sched_yield", lambda: None)
+
+    def poll(self, seconds, _most):
+        self.now += 1e-6
+        if self.now < self._due and not seconds:
+            return []
+        self.naps.append(self.now < self._due)
+        self.now = max(self.now, self._due)
+        _gap, count = self._script.pop(0)
+        if self._script:
+            self._due = self.now + self._script[0][0]
+        return [(number, IN) for number in range(1000, 1000 + count)]
+
+    def close(self):
+        pass
+
+
+SOON, LATE = 20e-6, 1e-3
+
+
+@pytest.mark.parametrize(
+    ("script", "naps"),
+    [
+        ([(SOON, 1)] * 4, [True, False, False, False]),
+        ([(LATE, 1)] * 3, [True, True, True]),
+        ([(SOON, 1), (SOON, 1), (LATE, 1), (LATE, 1)], [True, False, True, True]),
+        ([(SOON, 2), (SOON, 2)], [True, True]),
+        ([(SOON, 1), (0, 1), (SOON, 1), (SOON, 1)], [True, False, True, False]),
+    ],
+    ids=["one soon after the other", "seldom", "a pause", "many at once", "busy without a wait"],
+)
+def test_a_short_wait_is_spent_awake_where_the_last_was_short_too(script, naps, monkeypatch):
+    inside = Inside()
+    inside._epoll.close()
+    inside._epoll = epoll = Epoll(script, monkeypatch)
+    inside._has_company = True
+    for _ in script:
+        inside.select()
+    assert epoll.naps == naps
+
+
+def test_nobody_stays_awake_on_the_only_processor(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
+    inside = Inside()
+    inside._epoll.close()
+    inside._epoll = epoll = Epoll([(SOON, 1)] * 3, monkeypatch)
+    for _ in range(3):
+        inside.select()
+    assert epoll.naps == [True, True, True]
