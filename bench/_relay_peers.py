@@ -17,6 +17,7 @@ import uvloop
 
 from pyproxy.balancer import Picker
 from pyproxy.model import Address, Backend, Forward, Frontend, Pool, Route, ServicePortName
+from pyproxy.process import calm_collector
 from pyproxy.proxier._accept import TcpFront
 from pyproxy.proxier._batch import DATAGRAMS, HEADER_WORDS, Batch
 from pyproxy.proxier._flow import IdleTimeouts, UdpRelay
@@ -253,6 +254,7 @@ if __name__ == "__main__":
         case ["backend"]:
             uvloop.run(backend())
         case ["relay", *words]:
+            calm_collector()
             with asyncio.Runner(loop_factory=RelayLoop) as runner:
                 numbers = [int(word) for word in words]
                 half = len(numbers) // 2

@@ -53,6 +53,7 @@ class Acceptor:
         rounds = relay.poller.rounds
         is_busy = rounds == self._round + 1
         self._round = rounds
+        relay.is_crowded = is_busy
         for _ in range(AT_ONCE if is_busy else 1):
             if relay.starving:
                 self._pause()

@@ -1,10 +1,9 @@
 """Calls backends for a client of TCP, one after another, until one answers."""
 
-import logging
 import socket
 from contextlib import suppress
 from errno import EADDRNOTAVAIL, EALREADY, EINPROGRESS, EINVAL
-from socket import IPPROTO_TCP, TCP_CONGESTION, SocketType
+from socket import SocketType
 from time import monotonic
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from pyproxy.model import Action, Address, Forward
 from pyproxy.proxier._meter import Meter
 from pyproxy.proxier._poller import ERROR, HUP, IN
 from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES
+from pyproxy.proxier._sockets import control_congestion
 from pyproxy.proxier._tcp import TcpConnection, TcpRelay
 from pyproxy.proxier._transparent import Transparent, dress, take_any_port
 from pyproxy.rules.listeners import Surroundings
@@ -20,8 +20,6 @@ from pyproxy.rules.listeners import Surroundings
 TIMEOUTS = (0.25, 0.5, 1.0, 2.0)  # seconds; kube-proxy's userspace mode had the same
 PAUSE_SECONDS = 0.2  # without file descriptors, until the next attempt
 PAUSES = 20  # until a connection without a file descriptor for its backend is given up
-
-log = logging.getLogger(__name__)
 
 
 class Front(Protocol):
@@ -89,7 +87,7 @@ class Dial:
             address = picker.pick(action.pool, ip, now, self._tried)
             self._tried += (address,)
             if relay.local_congestion_control and picker.is_local(action.pool, address):
-                unpace(backend, relay.local_congestion_control)
+                control_congestion(backend.fileno(), relay.local_congestion_control)
             error_number = (
                 called(backend, address)
                 if relay.transparent is None
@@ -163,7 +161,8 @@ class Dial:
             poller.lead(near.fd, near)
             near.catch_up(self._waiting.events)
         else:
-            near.catch_up(IN)  # most clients have spoken by now
+            if not relay.is_crowded:  # else what they have said is read together, in the next round
+                near.catch_up(IN)  # most clients have spoken by now
             if not near.is_over:
                 poller.add(near.fd, READS, near)
         if events and not far.is_over:
@@ -225,14 +224,6 @@ class Waiting:
         self.events |= events
         if events & ERROR:
             self._dial.give_up()
-
-
-def unpace(sock: SocketType, congestion_control: bytes) -> None:
-    """Have a connection inside of this node controlled so; without that it is paced as all are."""
-    try:
-        sock.setsockopt(IPPROTO_TCP, TCP_CONGESTION, congestion_control)
-    except OSError as error:
-        log.debug("a local connection is paced", extra={"error": str(error)})
 
 
 def called(sock: SocketType, address: Address) -> int:

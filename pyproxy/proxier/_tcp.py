@@ -51,6 +51,7 @@ class TcpRelay:
         transparent: Transparent | None = None,
     ) -> None:
         self.transparent = transparent
+        self.is_crowded = False  # clients come so thick that many are accepted at once
         self.loop = asyncio.get_running_loop()
         self.surroundings = surroundings
         self.observe = observe

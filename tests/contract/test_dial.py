@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from socket import IPPROTO_TCP, TCP_CONGESTION
 from types import SimpleNamespace
 
 import pytest
@@ -23,8 +24,11 @@ async def relay():
     relay.close_all()
 
 
-async def test_a_backend_is_called_that_does_not_know_the_congestion_control(relay):
-    relay.local_congestion_control = b"no such thing"
+@pytest.mark.parametrize("is_crowded", [False, True], ids=["alone", "in a crowd"])
+@pytest.mark.parametrize("congestion_control", [None, b"reno", b"no such thing"])
+async def test_what_a_client_said_while_it_waited_arrives(is_crowded, congestion_control, relay):
+    relay.local_congestion_control = congestion_control
+    relay.is_crowded = is_crowded
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = Address(*server.getsockname())
         pool, picker = Pool((Backend(address, is_local=True),)), Picker(lambda _below: 0)
@@ -32,10 +36,17 @@ async def test_a_backend_is_called_that_does_not_know_the_congestion_control(rel
         front = SimpleNamespace(picker=picker, meter=Meter(), always=Forward(pool))
         near, client = pair()
         with client:
+            client.send(b"hello")
             Dial(relay, front, near, "192.0.2.1").begin()
             backend, _ = server.accept()
             with backend:
                 assert relay.open_count == 1
+                backend.setblocking(False)
+                heard = await asyncio.get_running_loop().sock_recv(backend, 100)
+                assert heard == b"hello"
+                (connection,) = relay._open
+                used = connection.far.sock.getsockopt(IPPROTO_TCP, TCP_CONGESTION, 16)
+                assert used.startswith(b"reno") or congestion_control != b"reno"
 
 
 class Late:
