@@ -34,9 +34,15 @@ class Round(NamedTuple):
 
 
 def measured(test: Test, targets: Mapping[str, Target], rounds: int) -> dict[str, list[Round]]:
+    """Measure all in each round, for others may use the machine.
+
+    And each after each other in turn: who comes next finds ports that are in TIME_WAIT.
+    """
     found: dict[str, list[Round]] = {name: [] for name in targets}
-    for _ in range(rounds):  # interleaved, for others may use the machine
-        for name, target in targets.items():
+    order = list(targets.items())
+    for _ in range(rounds):
+        order = order[1:] + order[:1]
+        for name, target in order:
             before = target.cpu_seconds()
             work: Work = test.run(target.ports, *test.sizes)
             used = target.cpu_seconds() - before
