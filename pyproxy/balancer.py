@@ -98,7 +98,7 @@ class Picker:
         return backend in self._turns[id(pool)].local
 
     def opened(self, backend: Address) -> None:
-        """Count a connection that now exists. Whose opening was not counted, whose end is not."""
+        """Count a connection that now exists; its end is to be told then, and only then."""
         self._open[backend] = self._open.get(backend, 0) + 1
 
     def closed(self, backend: Address) -> None:

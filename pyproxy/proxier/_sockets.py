@@ -46,23 +46,21 @@ Ancillary = list[tuple[int, int, bytes]]
 class Shortage:
     """Tells that file descriptors have run out, and that there are enough again: once each."""
 
-    __slots__ = ("_last_at", "is_met")
+    __slots__ = ("_last_at",)
 
     def __init__(self) -> None:
-        self.is_met = False
-        self._last_at = 0.0
+        self._last_at: float | None = None
 
     def met(self, error: OSError, now: float, open_count: int) -> None:
-        if not self.is_met:
+        if self._last_at is None:
             fields = {"error": error.strerror, "open": open_count}
             log.error("out of file descriptors: new connections wait", extra=fields)
-        self.is_met = True
         self._last_at = now
 
     def passed(self, now: float) -> None:
         """Take in that a file descriptor was to be had."""
-        if self.is_met and now - self._last_at > RELIEF_SECONDS:
-            self.is_met = False
+        if self._last_at is not None and now - self._last_at > RELIEF_SECONDS:
+            self._last_at = None
             log.info("enough file descriptors again")
 
 

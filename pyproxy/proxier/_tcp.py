@@ -63,7 +63,7 @@ class TcpRelay:
         self._watched: set[TcpConnection] = set()
         self._dials: set[Dialling] = set()
         self._over = asyncio.Event()
-        self.shortage = Shortage()
+        self._shortage = Shortage()
         self._tick: asyncio.TimerHandle | None = None
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -122,13 +122,12 @@ class TcpRelay:
         except OSError as error:
             self.refused(error)
             return None
-        if self.shortage.is_met:
-            self.shortage.passed(now)
+        self._shortage.passed(now)
         return sock
 
     def refused(self, error: OSError) -> None:
         if error.errno in EXHAUSTED:
-            self.shortage.met(error, self.loop.time(), len(self._open))
+            self._shortage.met(error, self.loop.time(), len(self._open))
         else:
             log.warning("no socket", extra={"error": str(error)})
 
@@ -146,15 +145,14 @@ class TcpRelay:
     def joined(self, connection: "TcpConnection") -> None:
         """Take note of a new connection."""
         self._open.add(connection)
+        self.observe("forwarded")
         if self._sweep is None:
             self._sweep = self.loop.call_later(SWEEP_SECONDS, self._look_after)
-        self.observe("forwarded")
 
     def parted(self, connection: "TcpConnection") -> None:
         """Take note that a connection is over."""
         self._open.discard(connection)
-        if connection in self._watched:
-            self._watched.discard(connection)
+        self._watched.discard(connection)
         if not self._open:
             self._over.set()
             self.pipes.close()
