@@ -7,10 +7,11 @@ survives an update that keeps the backend. One writer: the event loop.
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from itertools import cycle
 from math import gcd
 from zlib import crc32
 
-from pyproxy.model import Address, Pool, Scheduler
+from pyproxy.model import Address, Backend, Pool, Scheduler
 
 LONGEST_TURN = 1024  # picks; weights that need more are rounded, but in large pools
 SLOTS_EACH = 16  # for each backend of a large pool: so long may its turn be
@@ -62,40 +63,32 @@ class Picker:
 
     def pick(
         self, pool: Pool, client: str, now: float, avoid: Collection[Address] = NOBODY
-    ) -> Address:
+    ) -> Backend:
         """Return the backend for a connection of ``client``: one of the pool, which is in use.
 
         A backend in ``avoid`` did not answer: another is given while there is one, and the
         client's affinity moves to it.
         """
         turn = self._turns[id(pool)]
-        if not turn.cycle:
-            turn.begin(self._choose)
         if turn.is_plain and not avoid:
             return turn.next()
+        if not turn.cycle:
+            turn.begin(self._choose)
         seconds = pool.affinity_seconds
         if seconds is None:
             return self._scheduled(turn, client, avoid)
         known = self._affinity.get(client)
-        if (
-            known is not None
-            and now < known[1]
-            and known[0] in turn.members
-            and known[0] not in avoid
-        ):
-            address = known[0]
-        else:
-            address = self._scheduled(turn, client, avoid)
-        self._affinity[client] = (address, now + seconds)
+        backend = None
+        if known is not None and now < known[1] and known[0] not in avoid:
+            backend = turn.members.get(known[0])
+        if backend is None:
+            backend = self._scheduled(turn, client, avoid)
+        self._affinity[client] = (backend.address, now + seconds)
         if known is not None:
             self._affinity.move_to_end(client)
         else:
             self._make_room(now)
-        return address
-
-    def is_local(self, pool: Pool, backend: Address) -> bool:
-        """Say whether a backend that this pool has given is on this node."""
-        return backend in self._turns[id(pool)].local
+        return backend
 
     def opened(self, backend: Address) -> None:
         """Count a connection that now exists; its end is to be told then, and only then."""
@@ -108,7 +101,7 @@ class Picker:
         else:
             self._open.pop(backend, None)
 
-    def _scheduled(self, turn: "Turn", client: str, avoid: Collection[Address]) -> Address:
+    def _scheduled(self, turn: "Turn", client: str, avoid: Collection[Address]) -> Backend:
         scheduler = turn.scheduler
         if avoid:
             return turn.another(avoid)
@@ -120,14 +113,13 @@ class Picker:
             return self._least_connected(turn)
         return turn.next()
 
-    def _least_connected(self, turn: "Turn") -> Address:
+    def _least_connected(self, turn: "Turn") -> Backend:
         """Return the backend with the fewest connections for its weight; among equals, the next."""
         count = self._open.get
-        turn.next()
         ring = turn.pool.backends
-        start = turn.at % len(ring)
+        start = ring.index(turn.next())
         ordered = ring[start:] + ring[:start]
-        return min(ordered, key=lambda b: (count(b.address, 0) + 1) / b.weight).address
+        return min(ordered, key=lambda b: (count(b.address, 0) + 1) / b.weight)
 
     def _make_room(self, now: float) -> None:
         """Forget two clients whose time is over, for one that came; and one if it is too many."""
@@ -149,41 +141,37 @@ class Picker:
 class Turn:
     """One full cycle of a pool, and where it is. It has begun when somebody is given a backend."""
 
-    __slots__ = ("at", "cycle", "is_plain", "local", "members", "pool", "scheduler")
+    __slots__ = ("cycle", "is_plain", "members", "next", "pool", "scheduler")
+
+    next: Callable[[], Backend]
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.scheduler: Scheduler | None = pool.scheduler
-        self.cycle: tuple[Address, ...] = ()  # until it begins
-        self.members: frozenset[Address] = frozenset()
-        self.local: frozenset[Address] = frozenset()
-        self.is_plain = pool.affinity_seconds is None and pool.scheduler in IN_TURN
-        self.at = 0
+        self.cycle: tuple[Backend, ...] = ()  # until it begins
+        self.members: dict[Address, Backend] = {}
+        self.is_plain = False  # it has begun, and a pick is but the next
 
     def begin(self, choose: Callable[[int], int]) -> None:
-        self.cycle = turn_of(self.pool)
-        self.members = frozenset(self.cycle)
-        self.local = frozenset([b.address for b in self.pool.backends if b.is_local])
+        self.members = {backend.address: backend for backend in self.pool.backends}
+        self.cycle = tuple([self.members[address] for address in turn_of(self.pool)])
+        self.is_plain = self.pool.affinity_seconds is None and self.scheduler in IN_TURN
         count = len(self.cycle)  # nodes must not all begin with the same backend
-        self.at = choose(count) if count > 1 else 0
+        start = choose(count) if count > 1 else 0
+        self.next = cycle(self.cycle[start:] + self.cycle[:start]).__next__
 
     def of(self, pool: Pool) -> "Turn":
         """Return this turn as that of an equal pool."""
         self.pool = pool
         return self
 
-    def next(self) -> Address:
-        at = self.at
-        self.at = at + 1 if at + 1 < len(self.cycle) else 0
-        return self.cycle[at]
-
-    def another(self, avoid: Collection[Address]) -> Address:
+    def another(self, avoid: Collection[Address]) -> Backend:
         """Return the next backend that is not in ``avoid``, or any if all are."""
         for _ in self.cycle:
-            address = self.next()
-            if address not in avoid:
+            backend = self.next()
+            if backend.address not in avoid:
                 break
-        return address
+        return backend
 
 
 def turn_of(pool: Pool, *, longest: int = LONGEST_TURN) -> tuple[Address, ...]:

@@ -7,13 +7,15 @@ from socket import SocketType
 from time import monotonic
 from typing import Protocol
 
+from msgspec import Struct
+
 from pyproxy.balancer import Picker
 from pyproxy.model import Action, Address, Forward
 from pyproxy.proxier._meter import Meter
 from pyproxy.proxier._poller import ERROR, HUP, IN
 from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES
 from pyproxy.proxier._sockets import control_congestion
-from pyproxy.proxier._tcp import TcpConnection, TcpRelay
+from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._transparent import Transparent, dress, take_any_port
 from pyproxy.rules.listeners import Surroundings
 
@@ -32,103 +34,82 @@ class Front(Protocol):
     def action(self, ip: str, around: Surroundings) -> Action: ...
 
 
-class Dial:
+class Dial(Struct, eq=False):
     """A client whose backend is being connected to: each attempt to another one.
 
     Backends of this node answer while they are called, and the client need not be watched.
     """
 
-    __slots__ = (
-        "_address",
-        "_backend",
-        "_counter",
-        "_front",
-        "_ip",
-        "_is_dressed",
-        "_pauses",
-        "_relay",
-        "_tried",
-        "_waiting",
-        "client",
-        "until",
-    )
-
-    _address: Address
-    _counter: Picker | None
-
-    def __init__(self, relay: TcpRelay, front: Front, client: SocketType, ip: str) -> None:
-        self._relay = relay
-        self._front = front
-        self._ip = ip
-        self._pauses = 0
-        self._tried: tuple[Address, ...] = ()
-        self._backend: SocketType | None = None
-        self._waiting: Waiting | None = None
-        self._is_dressed = False  # the backend sees the client's address
-        self.client = client
-        self.until = 0.0  # when it is to be looked after
+    relay: TcpRelay
+    front: Front
+    client: SocketType
+    ip: str
+    until: float = 0.0  # when it is to be looked after
+    pauses: int = 0
+    tried: tuple[Address, ...] = ()
+    backend: SocketType | None = None  # the last tried, while it is called
+    counter: Picker | None = None  # has counted the call
+    is_dressed: bool = False  # the backend sees the client's address
+    waiting: "Waiting | None" = None
 
     def begin(self) -> None:
         """Call a backend, with what the plan says by now."""
-        relay, front, ip = self._relay, self._front, self._ip
+        relay, front = self.relay, self.front
         now = monotonic()
-        while len(self._tried) < len(TIMEOUTS):
-            action = front.always or front.action(ip, relay.surroundings())
+        while len(self.tried) < len(TIMEOUTS):
+            action = front.always or front.action(self.ip, relay.surroundings())
             if not isinstance(action, Forward):
-                front.meter.rejected += not self._tried
-                self._lose("no_endpoint" if self._tried else None)
+                front.meter.rejected += not self.tried
+                self._lose("no_endpoint" if self.tried else None)
                 return
-            backend = relay.new_socket(self.client.family, now)
-            if backend is None:
+            sock = relay.new_socket(self.client.family, now)
+            if sock is None:
                 relay.starving.add(self)
                 self._wait(now + PAUSE_SECONDS)
                 return
             picker = front.picker
-            address = picker.pick(action.pool, ip, now, self._tried)
-            self._tried += (address,)
-            if relay.local_congestion_control and picker.is_local(action.pool, address):
-                control_congestion(backend.fileno(), relay.local_congestion_control)
+            address, _weight, is_local = picker.pick(action.pool, self.ip, now, self.tried)
+            if is_local and relay.local_congestion_control:
+                control_congestion(sock.fileno(), relay.local_congestion_control)
             error_number = (
-                called(backend, address)
+                called(sock, address)
                 if relay.transparent is None
-                else self._call(relay.transparent, backend, action, address, now)
+                else self._call(relay.transparent, sock, action, address, now)
             )
-            if error_number and error_number != EALREADY:
-                backend.close()
-                continue
-            self._counter = picker if picker.counts else None
-            if self._counter is not None:
-                self._counter.opened(address)  # others that dial meanwhile shall know
-            self._backend, self._address = backend, address
-            if error_number:
-                relay.poller.add(backend.fileno(), READS_AND_WRITES, self)
-                self._wait(now + TIMEOUTS[len(self._tried) - 1])
-            else:
-                self._join(backend)
-            return
+            if picker.counts and error_number in (0, EALREADY):
+                self.counter = picker
+                picker.opened(address)  # others that dial meanwhile shall know
+            if not error_number:
+                self._join(sock, address)
+                return
+            self.tried += (address,)
+            if error_number == EALREADY:
+                self._await(sock, now)
+                return
+            sock.close()
         self._lose("dial_failed")
 
     def ready(self, events: int) -> None:
         """Join the two sides, or try another backend."""
-        assert self._backend is not None, "it was registered"
+        assert self.backend is not None, "it was registered"
         if events & (ERROR | HUP):
             self._drop()
             self.begin()
         else:
-            self._join(self._backend, events)
+            self._join(self.backend, self.tried[-1], events)
 
     def late(self) -> None:
         """Try another backend, or once more to have a socket."""
-        if self._backend is not None:
-            if self._is_dressed and self._relay.transparent is not None:
+        if self.backend is not None:
+            if self.is_dressed and self.relay.transparent is not None:
                 # Once more, as this node: perhaps the answers go another way.
-                self._relay.transparent.distrust(self._address, monotonic())
-                self._tried = self._tried[:-1]
+                self.relay.transparent.distrust(self.tried[-1], monotonic())
+                self.tried = self.tried[:-1]
             self._drop()
         else:
-            self._relay.starving.discard(self)
-            self._pauses += 1
-            if self._pauses > PAUSES:
+            self.relay.starving.discard(self)
+            self.pauses += 1
+            if self.pauses > PAUSES:
                 self._lose("dial_failed")
                 return
         self.begin()
@@ -137,34 +118,36 @@ class Dial:
         self._drop()
         self._lose(None)
 
+    def _await(self, sock: SocketType, now: float) -> None:
+        self.backend = sock
+        self.relay.poller.add(sock.fileno(), READS_AND_WRITES, self)
+        self._wait(now + TIMEOUTS[len(self.tried) - 1])
+
     def _wait(self, until: float) -> None:
         self.until = until
-        self._relay.dialling(self)
-        if self._waiting is None:
-            self._waiting = Waiting(self)
-            self._relay.poller.add(self.client.fileno(), READS, self._waiting)
+        self.relay.dialling(self)
+        if self.waiting is None:
+            self.waiting = Waiting(self)
+            self.relay.poller.add(self.client.fileno(), READS, self.waiting)
 
-    def _join(self, backend: SocketType, events: int = 0) -> None:
-        relay, poller = self._relay, self._relay.poller
-        if self._waiting is not None:
-            relay.dialled(self)
-        connection = TcpConnection(
-            relay, self.client, backend, self._address, self._front.meter, self._counter
-        )
+    def _join(self, backend: SocketType, address: Address, events: int = 0) -> None:
+        relay = self.relay
+        connection = relay.join(self.client, backend, address, self.front.meter, self.counter)
         near, far = connection.near, connection.far
         if events:
             far.watches_writing = True
-            poller.lead(far.fd, far)
+            relay.poller.lead(far.fd, far)
         else:
-            poller.add(far.fd, READS, far)
-        if self._waiting is not None:
-            poller.lead(near.fd, near)
-            near.catch_up(self._waiting.events)
+            relay.poller.add(far.fd, READS, far)
+        if self.waiting is not None:
+            relay.dialled(self)
+            relay.poller.lead(near.fd, near)
+            near.catch_up(self.waiting.events)
         else:
             if not relay.is_crowded:  # else what they have said is read together, in the next round
                 near.catch_up(IN)  # most clients have spoken by now
             if not near.is_over:
-                poller.add(near.fd, READS, near)
+                relay.poller.add(near.fd, READS, near)
         if events and not far.is_over:
             far.catch_up(events)
 
@@ -177,8 +160,8 @@ class Dial:
         now: float,
     ) -> int:
         """Connect, as the client if it keeps its address; return the error."""
-        guise = transparent.guise(action, self._ip, address, now)
-        self._is_dressed = guise is not None
+        guise = transparent.guise(action, self.ip, address, now)
+        self.is_dressed = guise is not None
         if guise is None:
             return called(backend, address)
         try:
@@ -193,22 +176,23 @@ class Dial:
         return called(backend, address)
 
     def _drop(self) -> None:
-        if self._backend is not None:
-            if self._counter is not None:
-                self._counter.closed(self._address)
-            self._relay.poller.close_sockets(self._backend)
-            self._backend = None
+        if self.backend is not None:
+            if self.counter is not None:
+                self.counter.closed(self.tried[-1])
+                self.counter = None
+            self.relay.poller.close_sockets(self.backend)
+            self.backend = None
 
     def _lose(self, result: str | None) -> None:
         """Reset the client, for it has no backend."""
-        self._relay.starving.discard(self)
-        if self._waiting is not None:
-            self._relay.dialled(self)
+        self.relay.starving.discard(self)
+        if self.waiting is not None:
+            self.relay.dialled(self)
         with suppress(OSError):
             self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-        self._relay.poller.close_sockets(self.client)
+        self.relay.poller.close_sockets(self.client)
         if result is not None:
-            self._relay.observe(result)
+            self.relay.observe(result)
 
 
 class Waiting:

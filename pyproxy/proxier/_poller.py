@@ -11,7 +11,7 @@ file descriptor more, that of the epoll, and each round costs a turn of the loop
 import asyncio
 import os
 import select
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from contextvars import Context
 from os import sched_yield
@@ -39,16 +39,16 @@ Args = TypeVarTuple("Args")
 class Watcher(Protocol):
     """Somebody who wants to know what happens to a socket."""
 
-    def ready(self, events: int, /) -> "Writer | None":
-        """Return who has read something, to write it when all have been told; if anybody has."""
+    def ready(self, events: int, /) -> bytes | None:
+        """Return what was read, to have it written when all have been told: see Reader."""
 
 
-class Writer(Protocol):
-    """Somebody who has read something. All are of one kind."""
+class Reader(Watcher, Protocol):
+    """A watcher who reads for others. All are of one kind."""
 
     @staticmethod
-    def write_all(writers: "Sequence[Any]") -> "Sequence[Writer]":
-        """Write what these have read; return those that may have more to read."""
+    def write_all(said: "Iterable[tuple[Any, bytes]]") -> "Iterable[Reader]":
+        """Write what each of these has read; return those that may have more to read."""
 
     def pump(self) -> None:
         """Read and write what there is."""
@@ -105,10 +105,9 @@ class Poller:
         """
         for sock in sockets:
             self._watchers.pop(sock.fileno(), None)
-            if self._is_telling:
-                self._closing.append(sock)
-            else:
-                sock.close()
+        self._closing += sockets
+        if not self._is_telling:
+            self._close()
 
     def again(self, call: Callable[[], None]) -> None:
         """Call when others have had their turn."""
@@ -133,7 +132,8 @@ class Poller:
         """Pass on these events of one round; return those that nobody watches."""
         self.rounds += 1
         watcher_of = self._watchers.get
-        others, writers = [], []
+        others: list[tuple[int, int]] = []
+        said: list[tuple[Any, bytes]] = []
         self._is_telling = True
         for fd, events in found:
             watcher = watcher_of(fd)
@@ -141,25 +141,30 @@ class Poller:
                 others.append((fd, events))
                 continue
             try:
-                writer = watcher.ready(events)  # others are told but once, too
+                data = watcher.ready(events)  # others are told but once, too
             except Exception as error:
                 tell_of(error)
                 continue
-            if writer is not None:
-                writers.append(writer)
-        if writers:
-            self._write(writers)
+            if data is not None:
+                said.append((watcher, data))
+        if said:
+            self._write(said)
         self._is_telling = False
+        if self._closing:
+            self._close()
+        return others
+
+    def _close(self) -> None:
         for sock in self._closing:
             sock.close()
         self._closing.clear()
-        return others
 
-    def _write(self, writers: list[Writer]) -> None:
-        """Have all write what they have read in this round."""
-        for writer in writers[0].write_all(writers):
+    def _write(self, said: list[tuple[Any, bytes]]) -> None:
+        """Have written what was read in this round."""
+        readers: Iterable[Reader] = said[0][0].write_all(said)
+        for reader in readers:
             try:
-                writer.pump()
+                reader.pump()
             except Exception as error:  # others may have more to read, too
                 tell_of(error)
 
@@ -261,23 +266,21 @@ class Inside(BaseSelector):
         """Tell the poller's watchers until the loop has something to do itself."""
         self.is_wanted = False
         seconds = FOR_EVER if timeout is None else max(timeout, 0.0)
-        poll, until = self._epoll.poll, monotonic() + seconds
+        now, poll = monotonic(), self._epoll.poll
+        until = now + seconds
         while True:
-            began_at = monotonic()
             if self._is_close and seconds:
-                found = poll(0, EVENTS_AT_ONCE)
-                self._is_close = not found
-                if not found:
-                    found = self._stay_awake(began_at, seconds)
+                found = self._stay_awake(now, seconds)
             else:
                 found = poll(seconds, EVENTS_AT_ONCE)
-                is_short = monotonic() - began_at < SHORT_SECONDS
-                self._is_close = is_short and len(found) == 1 and self._has_company
+                is_lone = len(found) == 1 and self._has_company
+                self._is_close = is_lone and monotonic() - now < SHORT_SECONDS
             others = self.poller.tell(found)
             if others or self.is_wanted or not seconds:
                 return [found for fd, events in others for found in self._known(fd, events)]
+            now = monotonic()
             if seconds != FOR_EVER:
-                seconds = max(until - monotonic(), 0.0)
+                seconds = max(until - now, 0.0)
 
     def _stay_awake(self, began_at: float, seconds: float) -> list[tuple[int, int]]:
         """Return what happens soon, or else what happens while asleep.
@@ -285,13 +288,16 @@ class Inside(BaseSelector):
         To fall asleep and to be woken costs more than a short wait does, time and processor. So
         after a wait that was short the next is spent awake, unless it turns out to be long.
         """
-        while monotonic() - began_at < AWAKE_SECONDS:
+        poll = self._epoll.poll
+        found = poll(0, EVENTS_AT_ONCE)
+        self._is_close = not found
+        while not found and monotonic() - began_at < AWAKE_SECONDS:
             sched_yield()  # to whoever has something to do
-            found = self._epoll.poll(0, EVENTS_AT_ONCE)
-            if found:
-                return found
-        self._is_close = False
-        return self._epoll.poll(seconds, EVENTS_AT_ONCE)
+            found = poll(0, EVENTS_AT_ONCE)
+        if not found:
+            self._is_close = False
+            found = poll(seconds, EVENTS_AT_ONCE)
+        return found
 
     def _known(self, fd: int, events: int) -> Iterator[tuple[SelectorKey, int]]:
         key = self._keys.get(fd)

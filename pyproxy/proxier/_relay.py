@@ -13,7 +13,7 @@ comes later is told anew. Except for the end of the stream, which may have been 
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from socket import (
     IPPROTO_TCP,
@@ -24,6 +24,7 @@ from socket import (
     TCP_NODELAY,
     SocketType,
 )
+from typing import cast
 
 from msgspec import Struct
 
@@ -35,10 +36,9 @@ FEW = 448  # bytes that most messages are below; Python has memory for them at h
 TURNS = 4  # pipes or reads full, until others have their turn
 READS = IN | ENDED | EDGE
 READS_AND_WRITES = READS | OUT
-PATIENCE = 2  # writes to a side, until it is told to wait with none
 SOMETHING = IN | ENDED | HUP | ERROR
 LAST = ENDED | HUP | ERROR
-GOING = IN | ENDED | HUP  # what a side does that goes in order
+RARE = OUT | ERROR  # what a side does not do that goes in order
 LINGER_RESET = struct.pack("=ii", 1, 0)
 
 
@@ -49,24 +49,23 @@ class Held(Struct, frozen=True):
     left: bytes  # read from this side, and not taken by the other yet
 
 
-class Connection:
+class Connection(Struct, eq=False):
     """Two sides that are joined, and what becomes of the connection as a whole."""
 
-    __slots__ = ("broken", "far", "near", "pipes", "poller")
+    poller: Poller
+    pipes: Pipes
+    near: "Side"
+    far: "Side"
 
-    def __init__(
-        self, poller: Poller, pipes: Pipes, client: SocketType, backend: SocketType
-    ) -> None:
-        self.poller = poller
-        self.pipes = pipes
-        self.broken = False  # a side does not take what the other has said
-        self.near = near = Side(self, client)
-        self.far = far = Side(self, backend)
+    def join(self) -> None:
+        """Have both sides know each other; nobody watches them yet."""
+        near, far = self.near, self.far
         near.other, far.other = far, near
+        near.connection = far.connection = self
 
     def close(self) -> None:
         """End both sides in order, or with a reset where something was lost."""
-        if self.broken:
+        if self.near.is_lost or self.far.is_lost:
             self.abort()
         else:
             self._over()
@@ -81,16 +80,15 @@ class Connection:
     def release(self) -> tuple[Held, Held]:
         """Relay no more, and leave both sockets open; return what was held of each side."""
         held = self.near.release(), self.far.release()
-        del self.near.other, self.far.other, self.near.connection, self.far.connection
-        self.closed()
+        self._part()
         return held
 
     def resume(self, near: Held, far: Held) -> None:
         """Relay from where somebody else has released both sockets."""
-        self.near.ended, self.near.left = near.ended, near.left or None
-        self.far.ended, self.far.left = far.ended, far.left or None
+        self.near.ended, self.near.held = near.ended, near.left or None
+        self.far.ended, self.far.held = far.ended, far.left or None
         for side in (self.near, self.far):
-            side.watches_writing = side.other.left is not None
+            side.watches_writing = side.other.held is not None
             events = READS_AND_WRITES if side.watches_writing else READS
             self.poller.add(side.fd, events, side)
 
@@ -99,92 +97,82 @@ class Connection:
 
     def _over(self) -> None:
         near, far = self.near, self.far
-        for side in (near, far):
-            side.is_over = side.ended = True
-            side.left = None
-            if side.pipe is not None:
-                self.pipes.give_back(side.pipe)
-            del side.other, side.connection  # no cycles for the garbage collector
+        if near.held is not None:
+            near.drop()
+        if far.held is not None:
+            far.drop()
         self.poller.close_sockets(near.sock, far.sock)
+        self._part()
+
+    def _part(self) -> None:
+        near, far = self.near, self.far
+        near.is_over = far.is_over = True
         self.closed()
+        del near.other, self.near, self.far  # no cycles for the garbage collector
 
 
-class Side:
+class Side(Struct, eq=False):
     """One side of a connection, and what is on its way from it to the other."""
 
-    __slots__ = (
-        "at_once",
-        "carried",
-        "connection",
-        "ended",
-        "fd",
-        "has_last",
-        "is_over",
-        "left",
-        "other",
-        "patience",
-        "pipe",
-        "sock",
-        "watches_writing",
-    )
-
-    other: "Side"
-    connection: Connection
-
-    def __init__(self, connection: Connection, sock: SocketType) -> None:
-        self.connection = connection
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.at_once = FEW  # bytes that are read first
-        self.carried = 0  # bytes that this side has said
-        self.is_over = False  # the connection is closed
-        self.ended = False  # nothing more will be read from this side
-        self.has_last = False  # its end has been told, and may have to be read yet
-        self.left: bytes | None = None  # was read from this side, and the other has not taken it
-        self.pipe: Pipe | None = None
-        self.patience = PATIENCE
-        self.watches_writing = False
+    sock: SocketType
+    fd: int
+    at_once: int = FEW  # bytes that are read first
+    carried: int = 0  # bytes that this side has said
+    held: bytes | Pipe | None = None  # read from this side, and not taken by the other yet
+    ended: bool = False  # nothing more will be read from this side
+    has_last: bool = False  # its end has been told, and may have to be read yet
+    is_lost: bool = False  # the other side does not take what this one has said
+    is_over: bool = False  # of the connection
+    is_slow: bool = True  # the kernel may keep small writes to this side back
+    watches_writing: bool = False
+    other: "Side" = cast("Side", None)  # until they are joined
+    connection: Connection = cast("Connection", None)
 
     def release(self) -> Held:
         """Read nothing more, and return what was read from this side."""
-        left = self.left or b""
-        if self.pipe is not None:
-            left = self.pipe.drained()
-            self.connection.pipes.give_back(self.pipe)
-            self.pipe = None
-        self.left = None
-        held = Held(self.ended, left)
+        left = self.held or b""
+        if isinstance(left, Pipe):
+            pipe, left = left, left.drained()
+            self.connection.pipes.give_back(pipe)
+        self.held = None
         self.connection.poller.discard(self.fd)
-        self.is_over = self.ended = True
-        return held
+        return Held(self.ended, left)
 
-    def ready(self, events: int) -> "Side | None":
+    def drop(self) -> None:
+        """Forget what was read from this side."""
+        if isinstance(self.held, Pipe):
+            self.connection.pipes.give_back(self.held)
+        self.held = None
+
+    def ready(self, events: int) -> bytes | None:
         """Take note of events of this side's socket. A short message is but read: see Poller."""
-        if events & ~GOING:
-            if not self._goes_on(events):
+        if events != IN:
+            if events & RARE and not self._goes_on(events):
                 return None
-        elif events != IN:
-            self.has_last = True
-        if self.pipe is not None or self.left is not None or self.ended:
+            if events & LAST:
+                self.has_last = True
+        if self.held is not None or self.ended:
             self.pump()
             return None
         try:
             data = self.sock.recv(self.at_once, MSG_DONTWAIT)
-            if len(data) >= FEW:
+            count = len(data)
+            if count >= FEW:
                 data = self._whole(data)
+                count = len(data)
         except OSError as error:
             self._stopped(error)
             return None
-        if data:
-            self.carried += len(data)
-            self.left = data
-            return self
+        if count:
+            self.carried += count
+            return data
         self._end()
         return None
 
     def catch_up(self, events: int) -> None:
         """Take note of what somebody else was told, or nobody."""
-        if self.ready(events) is not None and self.write_all((self,)):
+        data = self.ready(events)
+        if data is not None and self.write_all(((self, data),)):
             self.pump()
 
     def _goes_on(self, events: int) -> bool:
@@ -193,53 +181,52 @@ class Side:
             self.other.pump()
             if self.is_over:
                 return False
-        if events & LAST:
-            self.has_last = True
-            if events & ERROR and (self.ended or self.is_held_up()):
-                self.connection.abort()
-                return False
+        if events & ERROR and (self.ended or self.is_held_up()):
+            self.connection.abort()
+            return False
         return events & SOMETHING != 0
 
     def is_held_up(self) -> bool:
         """Say whether the other side must take something, before more is read from this one."""
-        return self.left is not None or (self.pipe is not None and self.pipe.held > 0)
+        return self.held is not None and (not isinstance(self.held, Pipe) or self.held.held > 0)
 
     def pump(self) -> None:
         """Pass on what this side has said, until there is no more or the other takes no more."""
-        if self.ended:
+        held = self.held
+        if self.ended or self.is_over:
             return
-        if self.pipe is not None:
-            self._splice(self.pipe)
+        if isinstance(held, Pipe):
+            self._splice(held)
             return
-        if self.left is not None:
-            self.write_all((self,))
-        if self.left is None and not self.ended:
+        if held is not None:
+            self.held = None
+            self.write_all(((self, held),))
+        if self.held is None and not self.ended:
             self._copy()
 
     @staticmethod
-    def write_all(sides: "Sequence[Side]") -> "list[Side]":
-        """Give the others what these have said; return those that may have more to say."""
+    def write_all(said: "Iterable[tuple[Side, bytes]]") -> "list[Side]":
+        """Give the others what each of these has said; return those that may have more to say."""
         more = []
-        for side in sides:
-            left = side.left
-            if left is None:  # it is written, or the connection is over
+        for side, data in said:
+            if side.is_over:
                 continue
             other = side.other
             try:
-                taken = other.sock.send(left, MSG_DONTWAIT)
-                if taken != len(left):
-                    side.left = left[taken:]
-                    other.watch_writing()
-                    continue
-                side.left = None
-                if other.patience:
-                    other.lose_patience()
-                if taken >= SMALL or side.has_last:
-                    more.append(side)
+                taken = other.sock.send(data, MSG_DONTWAIT)
             except BlockingIOError:
-                other.watch_writing()
+                taken = 0
             except OSError:
                 side._refused()
+                continue
+            if taken != len(data):
+                side.held = data[taken:]
+                other.watch_writing()
+                continue
+            if other.is_slow and side.carried != taken:
+                other.write_at_once()
+            if taken >= SMALL or side.has_last:
+                more.append(side)
         return more
 
     def _copy(self) -> None:
@@ -254,8 +241,7 @@ class Side:
                 self._end()
                 return
             self.carried += len(data)
-            self.left = data
-            if not self.write_all((self,)):
+            if not self.write_all(((self, data),)):
                 return
             if len(data) == SMALL and self._goes_through_pipe():
                 return
@@ -276,14 +262,13 @@ class Side:
 
     def _goes_through_pipe(self) -> bool:
         """Go on through a pipe; False if there is none to be had."""
-        self.pipe = self.connection.pipes.take()
-        if self.pipe is None:
+        self.held = pipe = self.connection.pipes.take()
+        if pipe is None:
             return False
         for side in (self, self.other):  # SPLICE_F_NONBLOCK is about the pipe alone
             side.sock.setblocking(False)
-        self.other.patience = 1
-        self.other.lose_patience()
-        self._splice(self.pipe)
+        self.other.write_at_once()
+        self._splice(pipe)
         return True
 
     def _splice(self, pipe: Pipe) -> None:
@@ -301,8 +286,7 @@ class Side:
                 count = pipe.fill(self.fd)
             except BlockingIOError:
                 if moved < SMALL:
-                    self.connection.pipes.give_back(pipe)
-                    self.pipe = None
+                    self.drop()
                 return
             except OSError:
                 self.connection.abort()
@@ -331,24 +315,19 @@ class Side:
 
     def _refused(self) -> None:
         """The other side takes nothing more. What it has said before is still passed on."""
-        self.connection.broken = True
-        self.ended = True
-        self.left = None
-        if self.pipe is not None:
-            self.connection.pipes.give_back(self.pipe)
-            self.pipe = None
+        self.is_lost = self.ended = True
+        self.drop()
         if self.other.ended:
             self.connection.abort()
 
-    def lose_patience(self) -> None:
-        """Have small writes to this side go out at once, from the second on.
+    def write_at_once(self) -> None:
+        """Have small writes to this side go out at once.
 
         The first waits for nothing in any case, and many connections have no other.
         """
-        self.patience -= 1
-        if not self.patience:
-            with suppress(OSError):
-                self.sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        self.is_slow = False
+        with suppress(OSError):
+            self.sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
 
     def watch_writing(self) -> None:
         """Tell when this side can be written to again."""

@@ -13,7 +13,7 @@ from pyproxy.model import Address
 from pyproxy.proxier._given import Given
 from pyproxy.proxier._meter import Carried, Meter
 from pyproxy.proxier._poller import Poller, tell_of
-from pyproxy.proxier._relay import Connection
+from pyproxy.proxier._relay import Connection, Side
 from pyproxy.proxier._sockets import Shortage, keep_alive, local_congestion_control
 from pyproxy.proxier._splice import Pipes
 from pyproxy.proxier._transparent import Transparent
@@ -60,7 +60,6 @@ class TcpRelay:
         self.pipes = Pipes(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // PIPE_SHARE)
         self.starving: set[Dialling] = set()  # while there are any, nobody is accepted
         self._open: set[TcpConnection] = set()
-        self._watched: set[TcpConnection] = set()
         self._dials: set[Dialling] = set()
         self._over = asyncio.Event()
         self._shortage = Shortage()
@@ -99,8 +98,8 @@ class TcpRelay:
         """Go on with a connection that another process has given away."""
         client, backend = given.sockets
         # Whose backend it was is counted no more.
-        connection = TcpConnection(self, client, backend, given.backend, Meter(), None)
-        connection.broken = given.broken
+        connection = self.join(client, backend, given.backend, Meter(), None)
+        connection.near.is_lost = given.broken
         connection.resume(given.near, given.far)
 
     def close_all(self) -> None:
@@ -122,7 +121,8 @@ class TcpRelay:
         except OSError as error:
             self.refused(error)
             return None
-        self._shortage.passed(now)
+        if self._shortage.is_on:
+            self._shortage.passed(now)
         return sock
 
     def refused(self, error: OSError) -> None:
@@ -142,17 +142,33 @@ class TcpRelay:
         self._dials.discard(dial)
         self._over.set()
 
-    def joined(self, connection: "TcpConnection") -> None:
-        """Take note of a new connection."""
+    def join(
+        self,
+        client: SocketType,
+        backend: SocketType,
+        address: Address,
+        meter: Meter,
+        counter: Picker | None,
+    ) -> "TcpConnection":
+        """Return a new connection, which nobody watches yet.
+
+        ``counter`` has counted that it was opened.
+        """
+        near, far = Side(client, client.fileno()), Side(backend, backend.fileno())
+        sums = meter.opened(address)
+        connection = TcpConnection(
+            self.poller, self.pipes, near, far, self, address, meter, sums, counter
+        )
+        connection.join()
         self._open.add(connection)
         self.observe("forwarded")
         if self._sweep is None:
             self._sweep = self.loop.call_later(SWEEP_SECONDS, self._look_after)
+        return connection
 
     def parted(self, connection: "TcpConnection") -> None:
         """Take note that a connection is over."""
         self._open.discard(connection)
-        self._watched.discard(connection)
         if not self._open:
             self._over.set()
             self.pipes.close()
@@ -182,9 +198,10 @@ class TcpRelay:
 
         Most connections are over before they are seen here, and never pay for it.
         """
-        for connection in self._open - self._watched:
-            keep_alive(connection.far.sock)
-        self._watched = set(self._open)
+        for connection in self._open:
+            if not connection.is_probed:
+                connection.is_probed = True
+                keep_alive(connection.far.sock)
         more = bool(self._open)
         self._sweep = self.loop.call_later(SWEEP_SECONDS, self._look_after) if more else None
 
@@ -192,38 +209,27 @@ class TcpRelay:
 class TcpConnection(Connection):
     """A connection, and to whom it goes."""
 
-    __slots__ = ("_counter", "_relay", "_sums", "address", "meter")
-
-    def __init__(
-        self,
-        relay: TcpRelay,
-        client: SocketType,
-        backend: SocketType,
-        address: Address,
-        meter: Meter,
-        counter: Picker | None,
-    ) -> None:
-        """``counter`` has counted that it was opened."""
-        super().__init__(relay.poller, relay.pipes, client, backend)
-        self._relay = relay
-        self._counter = counter
-        self._sums = meter.opened(address)
-        self.address = address
-        self.meter = meter
-        relay.joined(self)
+    relay: TcpRelay
+    address: Address
+    meter: Meter
+    sums: Carried  # of what went to this address
+    counter: Picker | None  # has counted that it was opened
+    is_probed: bool = False  # the kernel looks whether the backend is still there
 
     def carried(self) -> Carried:
         return Carried(bytes_in=self.near.carried, bytes_out=self.far.carried)
 
     def closed(self) -> None:
-        if self._counter is not None:
-            self._counter.closed(self.address)
-        self._sums.bytes_in += self.near.carried
-        self._sums.bytes_out += self.far.carried
-        self._relay.parted(self)
+        if self.counter is not None:
+            self.counter.closed(self.address)
+        sums = self.sums
+        sums.bytes_in += self.near.carried
+        sums.bytes_out += self.far.carried
+        self.relay.parted(self)
 
     def given(self) -> Given:
         """Let go of it, for another process."""
         sockets = self.near.sock, self.far.sock
+        is_lost = self.near.is_lost or self.far.is_lost
         near, far = self.release()
-        return Given(self.address, near, far, self.broken, sockets)
+        return Given(self.address, near, far, is_lost, sockets)

@@ -179,12 +179,13 @@ class UdpFront:
         action = action_for(self.listener.route, peer[0], self.relay.surroundings())
         if not isinstance(action, Forward):
             return None
-        backend = self.picker.pick(action.pool, peer[0], self.relay.loop.time(), avoid)
+        now = self.relay.loop.time()
+        backend = self.picker.pick(action.pool, peer[0], now, avoid).address
         sock = self._connected(backend, self._guise(peer[0], action, backend))
         if sock is None:
             self.relay.observe("dial_failed")
             return None
-        self.relay.shortage.passed(self.relay.loop.time())
+        self.relay.shortage.passed(now)
         flow = self.flows[key] = Flow(self, key, sock, backend)
         self.relay.observe("forwarded")
         return flow

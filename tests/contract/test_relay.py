@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pyproxy.proxier import _relay
 from pyproxy.proxier._poller import Poller
-from pyproxy.proxier._relay import READS, Connection
+from pyproxy.proxier._relay import READS, Connection, Side
 from pyproxy.proxier._splice import Pipes
 
 SIZES = st.sampled_from(
@@ -43,9 +43,7 @@ def pair():
 
 
 class Recorded(Connection):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.over = asyncio.Event()
+    over: asyncio.Event
 
     def closed(self):
         self.over.set()
@@ -56,8 +54,10 @@ async def joined(pipes):
     """The outer ends of two connections whose inner ends are joined."""
     poller, pool = Poller.of_loop(), Pipes(pipes)
     (near, client), (far, backend) = pair(), pair()
-    connection = Recorded(poller, pool, near, far)
-    for side in (connection.near, connection.far):
+    sides = [Side(sock, sock.fileno()) for sock in (near, far)]
+    connection = Recorded(poller, pool, *sides, asyncio.Event())
+    connection.join()
+    for side in sides:
         poller.add(side.fd, READS, side)
     try:
         yield client, backend, connection

@@ -21,7 +21,7 @@ def picker(*pools):
 
 
 def picks(subject, chosen, count, client="10.0.0.1", now=0.0):
-    return [subject.pick(chosen, client, now) for _ in range(count)]
+    return [subject.pick(chosen, client, now).address for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -115,48 +115,48 @@ def test_connections_are_counted_where_a_scheduler_looks_at_the_counts(scheduler
 def test_affinity_holds_until_the_client_was_silent_for_so_long():
     chosen = pool(affinity_seconds=10)
     subject = picker(chosen)
-    assert [subject.pick(chosen, "c", now) for now in (0, 9, 18)] == [A, A, A]
-    assert subject.pick(chosen, "c", 28) == B, "ten seconds after the last use"
-    assert subject.pick(chosen, "other", 28) == C
+    assert [subject.pick(chosen, "c", now).address for now in (0, 9, 18)] == [A, A, A]
+    assert subject.pick(chosen, "c", 28).address == B, "ten seconds after the last use"
+    assert subject.pick(chosen, "other", 28).address == C
 
 
 def test_affinity_survives_an_update_that_keeps_the_backend():
     old, new = pool([1, 1], affinity_seconds=10), pool([1, 1, 1], affinity_seconds=10)
     subject = picker(old)
-    first = subject.pick(old, "c", 0)
+    first = subject.pick(old, "c", 0).address
     subject.use([new])
-    assert subject.pick(new, "c", 1) == first
+    assert subject.pick(new, "c", 1).address == first
 
 
 def test_affinity_moves_when_the_backend_goes_or_does_not_answer():
     both, one = pool([1, 1], affinity_seconds=10), pool([1], affinity_seconds=10)
     subject = picker(both)
-    assert subject.pick(both, "c", 0) == A
-    assert subject.pick(both, "c", 0, {A}) == B
-    assert subject.pick(both, "c", 1) == B
+    assert subject.pick(both, "c", 0).address == A
+    assert subject.pick(both, "c", 0, {A}).address == B
+    assert subject.pick(both, "c", 1).address == B
     subject.use([one])
-    assert subject.pick(one, "c", 2) == A
+    assert subject.pick(one, "c", 2).address == A
 
 
 def test_pools_of_an_owner_share_its_affinity():
     cluster, local = pool([1, 1, 1], affinity_seconds=10), pool([1, 1], affinity_seconds=10)
     subject = picker(cluster, local)
-    first = subject.pick(cluster, "c", 0)
-    assert [subject.pick(local, "c", 1) for _ in range(3)] == [first] * 3
+    first = subject.pick(cluster, "c", 0).address
+    assert [subject.pick(local, "c", 1).address for _ in range(3)] == [first] * 3
 
 
 def test_another_backend_is_given_while_there_is_one():
     chosen = pool()
     subject = picker(chosen)
-    assert subject.pick(chosen, "c", 0, {A, B}) == C
-    assert subject.pick(chosen, "c", 0, {A, B, C}) in (A, B, C)
+    assert subject.pick(chosen, "c", 0, {A, B}).address == C
+    assert subject.pick(chosen, "c", 0, {A, B, C}).address in (A, B, C)
 
 
 def test_affinity_forgets_clients_that_stay_away():
     chosen = pool(affinity_seconds=1)
     subject = picker(chosen)
     for number in range(5000):
-        subject.pick(chosen, str(number), float(number))
+        subject.pick(chosen, str(number), float(number)).address
     assert len(subject._affinity) == 1
 
 
@@ -164,14 +164,14 @@ def test_affinity_remembers_so_many_clients_and_forgets_who_was_silent_longest()
     chosen, told = pool([1] * 8, affinity_seconds=1000), []
     subject = Picker(lambda n: 0, lambda: told.append(len(subject._affinity)))
     subject.use([chosen])
-    first = {str(n): subject.pick(chosen, str(n), 0) for n in range(MOST_CLIENTS)}
-    assert subject.pick(chosen, "0", 1) == first["0"], "who comes again is younger than all"
+    first = {str(n): subject.pick(chosen, str(n), 0).address for n in range(MOST_CLIENTS)}
+    assert subject.pick(chosen, "0", 1).address == first["0"], "who comes again is younger than all"
     assert told == []
     for number in range(100):
-        subject.pick(chosen, f"new {number}", 2)
+        subject.pick(chosen, f"new {number}", 2).address
     assert told == [MOST_CLIENTS], "said once"
     assert set(first) - set(subject._affinity) == {str(n) for n in range(1, 101)}
-    assert all(subject.pick(chosen, c, 3) == first[c] for c in ("0", "101", str(MOST_CLIENTS - 1)))
+    assert all(subject.pick(chosen, c, 3).address == first[c] for c in ("0", "101", str(MOST_CLIENTS - 1)))
 
 
 def test_that_affinity_forgets_is_told_again_when_it_had_room_meanwhile():
@@ -180,5 +180,5 @@ def test_that_affinity_forgets_is_told_again_when_it_had_room_meanwhile():
     subject.use([chosen])
     for start in (0, 1000):
         for number in range(MOST_CLIENTS + 1):
-            subject.pick(chosen, str(number + start * MOST_CLIENTS), start)
+            subject.pick(chosen, str(number + start * MOST_CLIENTS), start).address
     assert told == [True, True]
