@@ -16,6 +16,7 @@ from typing import NamedTuple
 import uvloop
 
 from pyproxy.balancer import Picker
+from pyproxy.host import LOOPBACK
 from pyproxy.model import Address, Backend, Forward, Frontend, Pool, Route, ServicePortName
 from pyproxy.process import calm_collector
 from pyproxy.proxier._accept import TcpFront
@@ -139,7 +140,7 @@ async def backend() -> None:
 
 async def relay(ports: Ports, own: Ports) -> None:
     """Relay to these ports, at ports of its own; at 0, at whichever is free."""
-    around = Surroundings()
+    around = Surroundings(loopback=(LOOPBACK[4],))
     tcp = TcpRelay(lambda: around, lambda _result: None)
     udp = UdpRelay(tcp.poller, lambda: around, IdleTimeouts(), lambda _result: None)
     sockets = []

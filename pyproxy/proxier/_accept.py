@@ -10,7 +10,7 @@ from pyproxy.model import Action, Reject
 from pyproxy.proxier._dial import PAUSE_SECONDS, Dial, Front
 from pyproxy.proxier._meter import Meter
 from pyproxy.proxier._poller import IN
-from pyproxy.proxier._sockets import reset
+from pyproxy.proxier._sockets import control_congestion, reset
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.rules.listeners import Listener, Surroundings, action_for, action_for_all
 
@@ -26,7 +26,13 @@ class Entrance(Protocol):
 
 
 def listen(relay: TcpRelay, sock: socket.socket, entrance: Entrance) -> None:
-    """Accept from now on, until the socket is not one of the entrance's any more."""
+    """Accept from now on, until the socket is not one of the entrance's any more.
+
+    Clients inherit how congestion is controlled; whom more than one thing is written to, and is
+    not of this node, has what is usual again. Nothing has to be paced for all others.
+    """
+    if relay.congestion is not None:
+        control_congestion(sock.fileno(), relay.congestion.local)
     relay.poller.add(sock.fileno(), IN, Acceptor(relay, sock, entrance))
 
 

@@ -69,8 +69,8 @@ class Dial(Struct, eq=False):
                 return
             picker = front.picker
             address, _weight, is_local = picker.pick(action.pool, self.ip, now, self.tried)
-            if is_local and relay.local_congestion_control:
-                control_congestion(sock.fileno(), relay.local_congestion_control)
+            if is_local and relay.congestion is not None:
+                control_congestion(sock.fileno(), relay.congestion.local)
             error_number = (
                 called(sock, address)
                 if relay.transparent is None

@@ -92,6 +92,9 @@ class Connection(Struct, eq=False):
             events = READS_AND_WRITES if side.watches_writing else READS
             self.poller.add(side.fd, events, side)
 
+    def lasts(self, side: "Side") -> None:
+        """Take note that more than one thing is written to a side."""
+
     def closed(self) -> None:
         """Take note that both sockets are no longer ours."""
 
@@ -328,6 +331,7 @@ class Side(Struct, eq=False):
         self.is_slow = False
         with suppress(OSError):
             self.sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        self.connection.lasts(self)
 
     def watch_writing(self) -> None:
         """Tell when this side can be written to again."""

@@ -295,17 +295,25 @@ def dropped_at(sock: socket.socket) -> int:
     return int(values[-1])
 
 
-def local_congestion_control() -> bytes | None:
-    """Return what connections inside of this node shall use instead of the default, if anything.
+class CongestionControl(NamedTuple):
+    """What a TCP connection uses: through a network, and inside of this node."""
+
+    usual: bytes
+    local: bytes
+
+
+def congestion_control() -> CongestionControl | None:
+    """Return what to use where; None if everything may have the default.
 
     BBR lets a timer say when to send. That costs as much again as all else does, for nothing where
     there is no network in between. Reno is in every kernel.
     """
     try:
-        if CONGESTION_CONTROL.read_text().startswith("bbr"):
+        usual = CONGESTION_CONTROL.read_bytes().strip()
+        if usual.startswith(b"bbr"):
             with socket.socket() as sock:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, UNPACED)
-            return UNPACED
+            return CongestionControl(usual, UNPACED)
     except OSError as error:
         log.debug("local connections are paced as all are", extra={"error": str(error)})
     return None

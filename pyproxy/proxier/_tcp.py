@@ -4,6 +4,7 @@ import asyncio
 import logging
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from socket import SOCK_NONBLOCK, SOCK_STREAM, SocketType
 from typing import Protocol
 
@@ -14,10 +15,15 @@ from pyproxy.proxier._given import Given
 from pyproxy.proxier._meter import Carried, Meter
 from pyproxy.proxier._poller import Poller, tell_of
 from pyproxy.proxier._relay import Connection, Side
-from pyproxy.proxier._sockets import Shortage, keep_alive, local_congestion_control
+from pyproxy.proxier._sockets import (
+    Shortage,
+    congestion_control,
+    control_congestion,
+    keep_alive,
+)
 from pyproxy.proxier._splice import Pipes
 from pyproxy.proxier._transparent import Transparent
-from pyproxy.rules.listeners import Surroundings
+from pyproxy.rules.listeners import Surroundings, origin_of
 
 TICK_SECONDS = 0.05  # how exactly the timeouts are kept
 PIPE_SHARE = 8  # pipes may be one in so many file descriptors
@@ -56,7 +62,7 @@ class TcpRelay:
         self.surroundings = surroundings
         self.observe = observe
         self.poller = Poller.of_loop()
-        self.local_congestion_control = local_congestion_control()
+        self.congestion = congestion_control()
         self.pipes = Pipes(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // PIPE_SHARE)
         self.starving: set[Dialling] = set()  # while there are any, nobody is accepted
         self._open: set[TcpConnection] = set()
@@ -166,6 +172,17 @@ class TcpRelay:
             self._sweep = self.loop.call_later(SWEEP_SECONDS, self._look_after)
         return connection
 
+    def pace(self, client: SocketType) -> None:
+        """Have what is written to a client paced as is usual here, unless it is this node's.
+
+        Its connection has been as those inside of the node are. See ``listen``.
+        """
+        if self.congestion is None:
+            return
+        with suppress(OSError):
+            if origin_of(client.getpeername()[0], self.surroundings()) != "node":
+                control_congestion(client.fileno(), self.congestion.usual)
+
     def parted(self, connection: "TcpConnection") -> None:
         """Take note that a connection is over."""
         self._open.discard(connection)
@@ -218,6 +235,10 @@ class TcpConnection(Connection):
 
     def carried(self) -> Carried:
         return Carried(bytes_in=self.near.carried, bytes_out=self.far.carried)
+
+    def lasts(self, side: Side) -> None:
+        if side is self.near:
+            self.relay.pace(side.sock)
 
     def closed(self) -> None:
         if self.counter is not None:

@@ -10,8 +10,11 @@ import pytest
 from pyproxy.balancer import Picker
 from pyproxy.model import Address, Backend, Forward, Pool
 from pyproxy.proxier import _tcp
+from pyproxy.proxier._accept import listen, unlisten
 from pyproxy.proxier._dial import Dial
 from pyproxy.proxier._meter import Meter
+from pyproxy.proxier._relay import READS
+from pyproxy.proxier._sockets import CongestionControl
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.rules.listeners import Surroundings
 from tests.contract.test_relay import pair
@@ -25,9 +28,9 @@ async def relay():
 
 
 @pytest.mark.parametrize("is_crowded", [False, True], ids=["alone", "in a crowd"])
-@pytest.mark.parametrize("congestion_control", [None, b"reno", b"no such thing"])
-async def test_what_a_client_said_while_it_waited_arrives(is_crowded, congestion_control, relay):
-    relay.local_congestion_control = congestion_control
+@pytest.mark.parametrize("local", [None, b"reno", b"no such thing"])
+async def test_what_a_client_said_while_it_waited_arrives(is_crowded, local, relay):
+    relay.congestion = CongestionControl(b"cubic", local) if local is not None else None
     relay.is_crowded = is_crowded
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = Address(*server.getsockname())
@@ -45,8 +48,38 @@ async def test_what_a_client_said_while_it_waited_arrives(is_crowded, congestion
                 heard = await asyncio.get_running_loop().sock_recv(backend, 100)
                 assert heard == b"hello"
                 (connection,) = relay._open
-                used = connection.far.sock.getsockopt(IPPROTO_TCP, TCP_CONGESTION, 16)
-                assert used.startswith(b"reno") or congestion_control != b"reno"
+                assert used_by(connection.far.sock) == b"reno" or local != b"reno"
+
+
+def used_by(sock):
+    return sock.getsockopt(IPPROTO_TCP, TCP_CONGESTION, 16).rstrip(b"\0")
+
+
+@pytest.mark.parametrize(
+    ("around", "expected"),
+    [(Surroundings(), b"cubic"), (Surroundings(frozenset({"127.0.0.1"})), b"reno")],
+    ids=["from elsewhere", "of this node"],
+)
+async def test_who_is_written_to_again_from_elsewhere_has_what_is_usual(around, expected):
+    relay = TcpRelay(lambda: around, lambda _result: None)
+    relay.congestion = CongestionControl(usual=b"cubic", local=b"reno")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listen(relay, listener, SimpleNamespace(sockets=[listener]))
+        unlisten(relay, listener)
+        with socket.create_connection(listener.getsockname()) as client:
+            near, (far, backend) = listener.accept()[0], pair()
+            near = socket.SocketType(near.family, near.type, 0, near.detach())
+            with backend:
+                address = Address(*backend.getsockname())
+                connection = relay.join(near, far, address, Meter(), None)
+                relay.poller.add(connection.far.fd, READS, connection.far)
+                for word, used in ((b"one", b"reno"), (b"two", expected), (b"three", expected)):
+                    backend.send(word)
+                    loop = asyncio.get_running_loop()
+                    client.setblocking(False)
+                    assert await loop.sock_recv(client, 100) == word
+                    assert used_by(near) == used
+        relay.close_all()
 
 
 class Late:
