@@ -11,8 +11,9 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -36,18 +37,25 @@ class Round(NamedTuple):
 def measured(test: Test, targets: Mapping[str, Target], rounds: int) -> dict[str, list[Round]]:
     """Measure all in each round, for others may use the machine.
 
-    And each after each other in turn: who comes next finds ports that are in TIME_WAIT.
+    And each after each other equally often: who comes next finds ports that are in TIME_WAIT.
     """
     found: dict[str, list[Round]] = {name: [] for name in targets}
-    order = list(targets.items())
-    for _ in range(rounds):
-        order = order[1:] + order[:1]
-        for name, target in order:
+    for _, order in zip(range(rounds), cycle(balanced(list(targets))), strict=False):
+        for name in order:
+            target = targets[name]
             before = target.cpu_seconds()
             work: Work = test.run(target.ports, *test.sizes)
             used = target.cpu_seconds() - before
             found[name].append(Round(work.rate / test.unit, used / work.count * test.unit))
     return found
+
+
+def balanced(names: Sequence[str]) -> list[list[str]]:
+    """Return orders in which each name follows each other equally often (a Williams design)."""
+    count = len(names)
+    zigzag = [index // 2 if index % 2 == 0 else -(index // 2) - 1 for index in range(count)]
+    rows = [[names[(place + row) % count] for place in zigzag] for row in range(count)]
+    return [order for row in rows for order in (row, row[::-1])]
 
 
 def figures(found: Mapping[str, list[Round]]) -> dict[str, float]:
