@@ -13,13 +13,14 @@ from pyproxy.balancer import Picker
 from pyproxy.model import Action, Address, Forward
 from pyproxy.proxier._meter import Meter
 from pyproxy.proxier._poller import ERROR, HUP, IN
-from pyproxy.proxier._relay import LINGER_RESET, READS, READS_AND_WRITES
+from pyproxy.proxier._relay import LINGER_RESET, NOBODY, READS, READS_AND_WRITES
 from pyproxy.proxier._sockets import control_congestion
 from pyproxy.proxier._tcp import TcpRelay
 from pyproxy.proxier._transparent import Transparent, dress, take_any_port
 from pyproxy.rules.listeners import Surroundings
 
 TIMEOUTS = (0.25, 0.5, 1.0, 2.0)  # seconds; kube-proxy's userspace mode had the same
+ATTEMPTS = len(TIMEOUTS)
 PAUSE_SECONDS = 0.2  # without file descriptors, until the next attempt
 PAUSES = 20  # until a connection without a file descriptor for its backend is given up
 
@@ -56,7 +57,7 @@ class Dial(Struct, eq=False):
         """Call a backend, with what the plan says by now."""
         relay, front = self.relay, self.front
         now = monotonic()
-        while len(self.tried) < len(TIMEOUTS):
+        while len(self.tried) < ATTEMPTS:
             action = front.always or front.action(self.ip, relay.surroundings())
             if not isinstance(action, Forward):
                 front.meter.rejected += not self.tried
@@ -146,9 +147,9 @@ class Dial(Struct, eq=False):
         else:
             if not relay.is_crowded:  # else what they have said is read together, in the next round
                 near.catch_up(IN)  # most clients have spoken by now
-            if not near.is_over:
+            if near.other is not NOBODY:
                 relay.poller.add(near.fd, READS, near)
-        if events and not far.is_over:
+        if events and far.other is not NOBODY:
             far.catch_up(events)
 
     def _call(

@@ -49,6 +49,9 @@ class Held(Struct, frozen=True):
     left: bytes  # read from this side, and not taken by the other yet
 
 
+NOBODY = cast("Side", None)  # whose connection is over, or has not begun
+
+
 class Connection(Struct, eq=False):
     """Two sides that are joined, and what becomes of the connection as a whole."""
 
@@ -56,12 +59,6 @@ class Connection(Struct, eq=False):
     pipes: Pipes
     near: "Side"
     far: "Side"
-
-    def join(self) -> None:
-        """Have both sides know each other; nobody watches them yet."""
-        near, far = self.near, self.far
-        near.other, far.other = far, near
-        near.connection = far.connection = self
 
     def close(self) -> None:
         """End both sides in order, or with a reset where something was lost."""
@@ -108,10 +105,9 @@ class Connection(Struct, eq=False):
         self._part()
 
     def _part(self) -> None:
-        near, far = self.near, self.far
-        near.is_over = far.is_over = True
         self.closed()
-        del near.other, self.near, self.far  # no cycles for the garbage collector
+        self.near.other = self.far.other = NOBODY
+        del self.near, self.far  # no cycles for the garbage collector
 
 
 class Side(Struct, eq=False):
@@ -119,16 +115,15 @@ class Side(Struct, eq=False):
 
     sock: SocketType
     fd: int
+    other: "Side" = NOBODY
     at_once: int = FEW  # bytes that are read first
     carried: int = 0  # bytes that this side has said
     held: bytes | Pipe | None = None  # read from this side, and not taken by the other yet
     ended: bool = False  # nothing more will be read from this side
     has_last: bool = False  # its end has been told, and may have to be read yet
     is_lost: bool = False  # the other side does not take what this one has said
-    is_over: bool = False  # of the connection
     is_slow: bool = True  # the kernel may keep small writes to this side back
     watches_writing: bool = False
-    other: "Side" = cast("Side", None)  # until they are joined
     connection: Connection = cast("Connection", None)
 
     def release(self) -> Held:
@@ -149,12 +144,10 @@ class Side(Struct, eq=False):
 
     def ready(self, events: int) -> bytes | None:
         """Take note of events of this side's socket. A short message is but read: see Poller."""
-        if events != IN:
-            if events & RARE and not self._goes_on(events):
-                return None
-            if events & LAST:
-                self.has_last = True
+        if events & RARE and not self._goes_on(events):
+            return None
         if self.held is not None or self.ended:
+            self.has_last |= events & LAST != 0
             self.pump()
             return None
         try:
@@ -166,11 +159,13 @@ class Side(Struct, eq=False):
         except OSError as error:
             self._stopped(error)
             return None
-        if count:
-            self.carried += count
-            return data
-        self._end()
-        return None
+        if not count:
+            self._end()
+            return None
+        if events & LAST:
+            self.has_last = True
+        self.carried += count
+        return data
 
     def catch_up(self, events: int) -> None:
         """Take note of what somebody else was told, or nobody."""
@@ -182,7 +177,7 @@ class Side(Struct, eq=False):
         """Take note of rare events; say whether there is something to read, too."""
         if events & OUT and self.other.is_held_up():
             self.other.pump()
-            if self.is_over:
+            if self.other is NOBODY:
                 return False
         if events & ERROR and (self.ended or self.is_held_up()):
             self.connection.abort()
@@ -196,7 +191,7 @@ class Side(Struct, eq=False):
     def pump(self) -> None:
         """Pass on what this side has said, until there is no more or the other takes no more."""
         held = self.held
-        if self.ended or self.is_over:
+        if self.ended or self.other is NOBODY:
             return
         if isinstance(held, Pipe):
             self._splice(held)
@@ -212,9 +207,9 @@ class Side(Struct, eq=False):
         """Give the others what each of these has said; return those that may have more to say."""
         more = []
         for side, data in said:
-            if side.is_over:
-                continue
             other = side.other
+            if other is NOBODY:
+                continue
             try:
                 taken = other.sock.send(data, MSG_DONTWAIT)
             except BlockingIOError:

@@ -25,6 +25,7 @@ from pyproxy.proxier._splice import Pipes
 from pyproxy.proxier._transparent import Transparent
 from pyproxy.rules.listeners import Surroundings, origin_of
 
+STREAM = SOCK_STREAM | SOCK_NONBLOCK
 TICK_SECONDS = 0.05  # how exactly the timeouts are kept
 PIPE_SHARE = 8  # pipes may be one in so many file descriptors
 SWEEP_SECONDS = 10.0
@@ -123,7 +124,7 @@ class TcpRelay:
     def new_socket(self, family: int, now: float) -> SocketType | None:
         """Return a socket that does not block; None if there is none to be had."""
         try:
-            sock = SocketType(family, SOCK_STREAM | SOCK_NONBLOCK, 0)
+            sock = SocketType(family, STREAM, 0)
         except OSError as error:
             self.refused(error)
             return None
@@ -160,12 +161,13 @@ class TcpRelay:
 
         ``counter`` has counted that it was opened.
         """
-        near, far = Side(client, client.fileno()), Side(backend, backend.fileno())
+        near = Side(client, client.fileno())
+        near.other = far = Side(backend, backend.fileno(), near)
         sums = meter.opened(address)
         connection = TcpConnection(
             self.poller, self.pipes, near, far, self, address, meter, sums, counter
         )
-        connection.join()
+        near.connection = far.connection = connection
         self._open.add(connection)
         self.observe("forwarded")
         if self._sweep is None:

@@ -54,9 +54,9 @@ async def joined(pipes):
     """The outer ends of two connections whose inner ends are joined."""
     poller, pool = Poller.of_loop(), Pipes(pipes)
     (near, client), (far, backend) = pair(), pair()
-    sides = [Side(sock, sock.fileno()) for sock in (near, far)]
-    connection = Recorded(poller, pool, *sides, asyncio.Event())
-    connection.join()
+    near, far = sides = [Side(sock, sock.fileno()) for sock in (near, far)]
+    near.other, far.other = far, near
+    near.connection = far.connection = connection = Recorded(poller, pool, *sides, asyncio.Event())
     for side in sides:
         poller.add(side.fd, READS, side)
     try:
