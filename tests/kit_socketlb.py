@@ -11,6 +11,8 @@ import os
 import struct
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -38,7 +40,16 @@ def run(kit, *options):
         return subprocess.call([*command, *options])
     finally:
         (home / "cgroup.procs").write_text(str(os.getpid()))
-        group.rmdir()
+        remove(group)
+
+
+def remove(group):
+    """Remove a cgroup, once the last process that the kit has ended is gone."""
+    for _ in range(50):
+        with suppress(OSError):
+            return group.rmdir()
+        time.sleep(0.1)  # noqa: TID251 - there is no event loop
+    return group.rmdir()
 
 
 def start(inside, config, folder):
