@@ -1,6 +1,6 @@
 """The userspace relay beside HAProxy, nginx and no proxy at all, on loopback, in one run.
 
-python -m bench.relay [--rounds 9] [--only WORD] [--workers N] [--json FILE] [--chart FILE.png]
+python -m bench.relay [--rounds 12] [--only WORD] [--workers N] [--json FILE] [--chart FILE.png]
 
 Client, proxy and backend are processes that share the machine; every proxy is one process with one
 thread, or with ``--workers`` so many processes, and HAProxy so many threads. HAProxy and nginx
@@ -37,7 +37,8 @@ class Round(NamedTuple):
 def measured(test: Test, targets: Mapping[str, Target], rounds: int) -> dict[str, list[Round]]:
     """Measure all in each round, for others may use the machine.
 
-    And each after each other equally often: who comes next finds ports that are in TIME_WAIT.
+    And each after each other equally often in all rounds, if those are a multiple of four: who
+    comes next finds ports that are in TIME_WAIT.
     """
     found: dict[str, list[Round]] = {name: [] for name in targets}
     for _, order in zip(range(rounds), cycle(balanced(list(targets))), strict=False):
@@ -51,11 +52,11 @@ def measured(test: Test, targets: Mapping[str, Target], rounds: int) -> dict[str
 
 
 def balanced(names: Sequence[str]) -> list[list[str]]:
-    """Return orders in which each name follows each other equally often (a Williams design)."""
+    """Return orders; in them each name follows each other equally often (a Williams design)."""
     count = len(names)
     zigzag = [index // 2 if index % 2 == 0 else -(index // 2) - 1 for index in range(count)]
     rows = [[names[(place + row) % count] for place in zigzag] for row in range(count)]
-    return [order for row in rows for order in (row, row[::-1])]
+    return rows if count % 2 == 0 else rows + [row[::-1] for row in rows]
 
 
 def figures(found: Mapping[str, list[Round]]) -> dict[str, float]:
@@ -127,7 +128,7 @@ def show(name: str, unit: str, found: Mapping[str, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--workers", type=int, default=1, help="of pyproxy, and HAProxy's threads")
     parser.add_argument("--only", default="", help="a word of the names of tests")
     parser.add_argument("--json", type=Path, help="a file for the figures")

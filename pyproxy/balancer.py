@@ -114,7 +114,10 @@ class Picker:
         return turn.next()
 
     def _least_connected(self, turn: "Turn") -> Backend:
-        """Return the backend with the fewest connections for its weight; among equals, the next."""
+        """Return the backend with the fewest connections for its weight.
+
+        Among equals, the first from where the turn is.
+        """
         count = self._open.get
         ring = turn.pool.backends
         start = ring.index(turn.next())

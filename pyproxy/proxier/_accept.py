@@ -28,8 +28,8 @@ class Entrance(Protocol):
 def listen(relay: TcpRelay, sock: socket.socket, entrance: Entrance) -> None:
     """Accept from now on, until the socket is not one of the entrance's any more.
 
-    Clients inherit how congestion is controlled; whom more than one thing is written to, and is
-    not of this node, has what is usual again. Nothing has to be paced for all others.
+    Clients inherit how congestion is controlled. One from elsewhere gets what is usual at the
+    second write to it; until then nothing is paced.
     """
     if relay.congestion is not None:
         control_congestion(sock.fileno(), relay.congestion.local)

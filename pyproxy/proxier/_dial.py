@@ -102,11 +102,11 @@ class Dial(Struct, eq=False):
     def late(self) -> None:
         """Try another backend, or once more to have a socket."""
         if self.backend is not None:
+            self._drop()
             if self.is_dressed and self.relay.transparent is not None:
                 # Once more, as this node: perhaps the answers go another way.
                 self.relay.transparent.distrust(self.tried[-1], monotonic())
                 self.tried = self.tried[:-1]
-            self._drop()
         else:
             self.relay.starving.discard(self)
             self.pauses += 1
@@ -133,6 +133,8 @@ class Dial(Struct, eq=False):
 
     def _join(self, backend: SocketType, address: Address, events: int = 0) -> None:
         relay = self.relay
+        if self.waiting is not None:
+            relay.dialled(self)
         connection = relay.join(self.client, backend, address, self.front.meter, self.counter)
         near, far = connection.near, connection.far
         if events:
@@ -141,7 +143,6 @@ class Dial(Struct, eq=False):
         else:
             relay.poller.add(far.fd, READS, far)
         if self.waiting is not None:
-            relay.dialled(self)
             relay.poller.lead(near.fd, near)
             near.catch_up(self.waiting.events)
         else:

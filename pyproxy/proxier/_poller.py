@@ -50,6 +50,9 @@ class Reader(Watcher, Protocol):
     def write_all(said: "Iterable[tuple[Any, bytes]]") -> "Iterable[Reader]":
         """Write what each of these has read; return those that may have more to read."""
 
+    def abort(self) -> None:
+        """Have both sides see that what was read is lost."""
+
     def pump(self) -> None:
         """Read and write what there is."""
 
@@ -160,8 +163,14 @@ class Poller:
         self._closing.clear()
 
     def _write(self, said: list[tuple[Any, bytes]]) -> None:
-        """Have written what was read in this round."""
-        readers: Iterable[Reader] = said[0][0].write_all(said)
+        """Let the readers write what they have read in this round."""
+        readers: Iterable[Reader] = ()
+        try:
+            readers = said[0][0].write_all(said)
+        except Exception as error:
+            tell_of(error)
+            for reader, _data in said:
+                reader.abort()
         for reader in readers:
             try:
                 reader.pump()

@@ -49,7 +49,7 @@ class Held(Struct, frozen=True):
     left: bytes  # read from this side, and not taken by the other yet
 
 
-NOBODY = cast("Side", None)  # whose connection is over, or has not begun
+NOBODY = cast("Side", None)  # the other side of one whose connection is over, or has not begun
 
 
 class Connection(Struct, eq=False):
@@ -121,8 +121,8 @@ class Side(Struct, eq=False):
     held: bytes | Pipe | None = None  # read from this side, and not taken by the other yet
     ended: bool = False  # nothing more will be read from this side
     has_last: bool = False  # its end has been told, and may have to be read yet
-    is_lost: bool = False  # the other side does not take what this one has said
-    is_slow: bool = True  # the kernel may keep small writes to this side back
+    is_lost: bool = False  # the other side does not take what this one has said; counts for both
+    is_slow: bool = True  # it was not written to twice; the kernel may keep small writes back
     watches_writing: bool = False
     connection: Connection = cast("Connection", None)
 
@@ -168,10 +168,15 @@ class Side(Struct, eq=False):
         return data
 
     def catch_up(self, events: int) -> None:
-        """Take note of what somebody else was told, or nobody."""
+        """Act on events that were told to another watcher, or to none."""
         data = self.ready(events)
         if data is not None and self.write_all(((self, data),)):
             self.pump()
+
+    def abort(self) -> None:
+        """End the connection at once, if that is not over."""
+        if self.other is not NOBODY:
+            self.connection.abort()
 
     def _goes_on(self, events: int) -> bool:
         """Take note of rare events; say whether there is something to read, too."""
@@ -265,7 +270,8 @@ class Side(Struct, eq=False):
             return False
         for side in (self, self.other):  # SPLICE_F_NONBLOCK is about the pipe alone
             side.sock.setblocking(False)
-        self.other.write_at_once()
+        if self.other.is_slow:
+            self.other.write_at_once()
         self._splice(pipe)
         return True
 

@@ -175,9 +175,9 @@ class TcpRelay:
         return connection
 
     def pace(self, client: SocketType) -> None:
-        """Have what is written to a client paced as is usual here, unless it is this node's.
+        """Have what is written to a client paced as is usual here, unless it is the node itself.
 
-        Its connection has been as those inside of the node are. See ``listen``.
+        Until now it was not: see ``listen``. Which pods are on this node is not known here.
         """
         if self.congestion is None:
             return

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from contextlib import ExitStack, contextmanager
 from socket import IPPROTO_TCP, TCP_CONGESTION
 from types import SimpleNamespace
 
@@ -80,6 +81,51 @@ async def test_who_is_written_to_again_from_elsewhere_has_what_is_usual(around, 
                     assert await loop.sock_recv(client, 100) == word
                     assert used_by(near) == used
         relay.close_all()
+
+
+class Transparent:
+    """Keeps no client's address, from now on."""
+
+    def __init__(self):
+        self.distrusted = []
+
+    def guise(self, _action, _ip, _address, _now):
+        return None
+
+    def distrust(self, address, _now):
+        self.distrusted.append(address)
+
+
+@contextmanager
+def silent():
+    """The address of somebody who does not answer: nobody else fits into the backlog."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, ExitStack() as stack:
+        for _ in range(3):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(server.getsockname())
+        yield Address(*server.getsockname())
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["the first", "the second"])
+async def test_a_call_as_the_client_that_nobody_answers_is_counted_no_more(before, relay):
+    with silent() as one, silent() as two:
+        pool, picker = Pool((Backend(one), Backend(two)), scheduler="lc"), Picker(lambda _below: 0)
+        picker.use([pool])
+        front = SimpleNamespace(picker=picker, meter=Meter(), always=Forward(pool))
+        near, client = pair()
+        with client:
+            dial = Dial(relay, front, near, "192.0.2.1")
+            dial.begin()
+            for _ in range(before):
+                dial.late()
+            called = dial.tried[-1]
+            relay.transparent, dial.is_dressed = Transparent(), True
+            dial.late()
+            assert relay.transparent.distrusted == [called]
+            assert picker._open == {dial.tried[-1]: 1}, "it calls on, as the node"
+            dial.give_up()
+            assert picker._open == {}
 
 
 class Late:

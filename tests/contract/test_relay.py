@@ -180,6 +180,27 @@ async def test_what_was_read_is_not_written_to_a_side_that_is_gone_by_then():
             drain(client)
 
 
+class Stumbling(Recorder):
+    def send(self, *_args):
+        raise ZeroDivisionError
+
+
+async def test_who_stumbles_in_writing_loses_connections_of_that_round_and_no_other():
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, fields: told.append(fields))
+    async with joined(8) as (client, _, first), joined(8) as (other, behind, second):
+        first.far.sock = Stumbling(first.far.sock, [])
+        client.send(b"a")
+        await first.over.wait()
+        with pytest.raises(ConnectionResetError):
+            drain(client)
+        other.send(b"b")
+        await asyncio.sleep(0.01)
+        assert behind.recv(2, socket.MSG_DONTWAIT) == b"b"
+        assert not second.over.is_set()
+    assert [type(fields["exception"]) for fields in told] == [ZeroDivisionError]
+
+
 def drain(sock):
     while sock.recv(1 << 20):
         pass
