@@ -60,9 +60,13 @@ class Connection(Struct, eq=False):
     near: "Side"
     far: "Side"
 
+    def is_broken(self) -> bool:
+        """Say whether something that one side has said is lost."""
+        return self.near.is_lost or self.far.is_lost
+
     def close(self) -> None:
         """End both sides in order, or with a reset where something was lost."""
-        if self.near.is_lost or self.far.is_lost:
+        if self.is_broken():
             self.abort()
         else:
             self._over()

@@ -46,23 +46,21 @@ Ancillary = list[tuple[int, int, bytes]]
 class Shortage:
     """Tells that file descriptors have run out, and that there are enough again: once each."""
 
-    __slots__ = ("_last_at", "is_on")
+    __slots__ = ("_last_at",)
 
     def __init__(self) -> None:
-        self.is_on = False
-        self._last_at = 0.0
+        self._last_at: float | None = None
 
     def met(self, error: OSError, now: float, open_count: int) -> None:
-        if not self.is_on:
+        if self._last_at is None:
             fields = {"error": error.strerror, "open": open_count}
             log.error("out of file descriptors: new connections wait", extra=fields)
-        self.is_on = True
         self._last_at = now
 
     def passed(self, now: float) -> None:
         """Take in that a file descriptor was to be had."""
-        if self.is_on and now - self._last_at > RELIEF_SECONDS:
-            self.is_on = False
+        if self._last_at is not None and now - self._last_at > RELIEF_SECONDS:
+            self._last_at = None
             log.info("enough file descriptors again")
 
 

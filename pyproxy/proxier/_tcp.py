@@ -128,8 +128,7 @@ class TcpRelay:
         except OSError as error:
             self.refused(error)
             return None
-        if self._shortage.is_on:
-            self._shortage.passed(now)
+        self._shortage.passed(now)
         return sock
 
     def refused(self, error: OSError) -> None:
@@ -253,6 +252,6 @@ class TcpConnection(Connection):
     def given(self) -> Given:
         """Let go of it, for another process."""
         sockets = self.near.sock, self.far.sock
-        is_lost = self.near.is_lost or self.far.is_lost
+        is_broken = self.is_broken()
         near, far = self.release()
-        return Given(self.address, near, far, is_lost, sockets)
+        return Given(self.address, near, far, is_broken, sockets)
