@@ -3,7 +3,7 @@
 import logging
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from pyproxy.proxier._poller import IN, Poller
@@ -18,33 +18,37 @@ Peer = tuple[Any, ...]  # as the socket module gives it; the length differs by f
 Key = tuple[Peer, bytes]  # the client, and the address it wrote to, packed
 
 
-class Received(Protocol):
-    """Takes a datagram; ``thick`` says that its flow had another one just before."""
+class Flow(Protocol):
+    """Has a backend, and takes the datagrams that are for it."""
 
-    def __call__(self, data: bytes, key: Key, sock: socket.socket, /, *, thick: bool) -> None: ...
+    def send(self, data: bytes, /) -> bool: ...
+
+    def replace(self, data: bytes, /) -> None:
+        """Have another backend take what this one has refused."""
 
 
 class Taker(Protocol):
-    """Takes a datagram likewise, that came by a socket which is not its own."""
+    """Takes the first datagram of a flow, which came by a socket that others use, too."""
 
-    def take(self, data: bytes, peer: Peer, local: bytes, /, *, thick: bool) -> None: ...
+    def take(self, data: bytes, key: Key, /) -> None: ...
 
 
 class Reader:
     """One datagram at a time; all there are if they come so thick that each round finds some."""
 
-    __slots__ = ("_poller", "_round", "_sock")
+    __slots__ = ("_flows", "_poller", "_round", "_sock")
 
-    def __init__(self, poller: Poller, sock: socket.socket) -> None:
+    def __init__(self, poller: Poller, sock: socket.socket, flows: Mapping[Key, Flow]) -> None:
+        """``flows`` are those that exist by now."""
         self._poller = poller
         self._sock = sock
+        self._flows = flows
         self._round = 0  # of the poller, when something came last
 
     def ready(self, _events: int) -> None:
         rounds = self._poller.rounds
         at_once = AT_ONCE if rounds == self._round + 1 else 1
         self._round = rounds
-        seen: set[Key] = set()
         for _ in range(at_once):
             try:
                 data, key = self._received()
@@ -53,26 +57,36 @@ class Reader:
             except OSError as error:  # an ICMP error for an earlier reply
                 log.debug("receive failed", extra={"error": str(error)})
                 continue
-            self._give(data, key, thick=key in seen)
-            seen.add(key)
+            flow = self._flows.get(key)
+            if flow is None:
+                self._begin(data, key)
+            elif not flow.send(data):
+                flow.replace(data)
 
     def _received(self) -> tuple[bytes, Key]:
         raise NotImplementedError
 
-    def _give(self, data: bytes, key: Key, *, thick: bool) -> None:
+    def _begin(self, data: bytes, key: Key) -> None:
         raise NotImplementedError
 
 
 class Requests(Reader):
     """What comes by a socket that a frontend has for itself."""
 
-    __slots__ = ("_give_to", "_number", "_wildcard")
+    __slots__ = ("_number", "_took", "_wildcard")
 
     def __init__(
-        self, poller: Poller, sock: socket.socket, received: Received, *, wildcard: bool
+        self,
+        poller: Poller,
+        sock: socket.socket,
+        flows: Mapping[Key, Flow],
+        took: Callable[[bytes, Key, socket.socket], None],
+        *,
+        wildcard: bool,
     ) -> None:
-        super().__init__(poller, sock)
-        self._give_to = received
+        """``took`` hears of the first datagram of a flow."""
+        super().__init__(poller, sock, flows)
+        self._took = took
         self._number = own_number(sock)
         self._wildcard = wildcard
 
@@ -83,8 +97,8 @@ class Requests(Reader):
         data, peer = self._sock.recvfrom(LARGEST)
         return data, (peer, self._number)
 
-    def _give(self, data: bytes, key: Key, *, thick: bool) -> None:
-        self._give_to(data, key, self._sock, thick=thick)
+    def _begin(self, data: bytes, key: Key) -> None:
+        self._took(data, key, self._sock)
 
 
 class Datagrams(Reader):
@@ -93,9 +107,13 @@ class Datagrams(Reader):
     __slots__ = ("_front_of",)
 
     def __init__(
-        self, poller: Poller, sock: socket.socket, front_of: Callable[[bytes], Taker | None]
+        self,
+        poller: Poller,
+        sock: socket.socket,
+        flows: Mapping[Key, Flow],
+        front_of: Callable[[bytes], Taker | None],
     ) -> None:
-        super().__init__(poller, sock)
+        super().__init__(poller, sock, flows)
         self._front_of = front_of
         poller.add(sock.fileno(), IN, self)
 
@@ -106,11 +124,10 @@ class Datagrams(Reader):
         data, extra, _flags, peer = self._sock.recvmsg(LARGEST, 256)
         return data, (peer, original_destination(extra))
 
-    def _give(self, data: bytes, key: Key, *, thick: bool) -> None:
-        peer, local = key
-        front = self._front_of(local)
+    def _begin(self, data: bytes, key: Key) -> None:
+        front = self._front_of(key[1])
         if front is not None:
-            front.take(data, peer, local, thick=thick)
+            front.take(data, key)
 
 
 def own_number(sock: socket.socket) -> bytes:

@@ -71,6 +71,7 @@ class UdpRelay:
         self.observe = observe
         self.batch = Batch()
         self.shortage = Shortage()
+        self.taken: dict[Key, Flow] = {}  # those whose datagrams come by a shared socket
         self._timeouts = timeouts
         self._flows: set[Flow] = set()
         self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // FLOW_SHARE
@@ -82,9 +83,9 @@ class UdpRelay:
         return len(self._flows)
 
     def add(self, flow: "Flow") -> None:
-        self._flows.add(flow)
-        if len(self._flows) > self._most:
+        if len(self._flows) >= self._most:
             self._close_oldest()
+        self._flows.add(flow)
         if self._sweep is None:
             self._sweep = self.loop.call_later(SWEEP_SECONDS, self._expire)
 
@@ -106,7 +107,7 @@ class UdpRelay:
     def _close_oldest(self) -> None:
         """Close the flows that were silent longest; many at once, for finding them takes long."""
         count = len(self._flows) // 16 + 1
-        for flow in nsmallest(count, self._flows, key=lambda flow: flow.heard_at):
+        for flow in nsmallest(count, self._flows, key=Flow.heard_in):
             flow.close()
 
     def close_all(self) -> None:
@@ -118,6 +119,7 @@ class UdpRelay:
     def _expire(self) -> None:
         now = self.loop.time()
         for flow in list(self._flows):
+            flow.notice(now)
             limit = self._timeouts.stream if flow.is_stream() else self._timeouts.single
             if now - flow.heard_at >= limit:
                 flow.close()
@@ -128,14 +130,17 @@ class Flow:
     """The datagrams between one client and its backend."""
 
     __slots__ = (
+        "_answered_in",
+        "_asked_in",
         "_born_at",
         "_far",
         "_front",
         "_key",
         "_near",
+        "_packets",
         "_picker",
+        "_poller",
         "_replied",
-        "_round",
         "_thick",
         "backend",
         "carried",
@@ -148,8 +153,11 @@ class Flow:
         self._far = sock
         self._near: SocketType | None = None  # of its own, if it has earned it
         self._picker = front.picker
-        self._replied = False
-        self._round = 0  # of the poller, when the last reply came
+        self._poller = front.relay.poller
+        self._replied = False  # while another process had it
+        self._packets = 0  # of both directions, when it was looked at last
+        self._asked_in = 0  # round of the poller with the last datagram, likewise of the backend
+        self._answered_in = 0
         self._thick = 0  # datagrams that came in one round with another
         self.backend = backend
         self.carried = Carried()
@@ -157,6 +165,7 @@ class Flow:
         self._picker.opened(backend)
         front.meter.opened(backend)
         front.relay.poller.add(sock.fileno(), IN, self)
+        front.know(key, self)
         front.relay.add(self)
 
     @property
@@ -168,25 +177,52 @@ class Flow:
         ip: str = self._key[0][0]
         return ip
 
+    def notice(self, now: float) -> None:
+        """Take note of whether something was heard of it since it was looked at last.
+
+        Nobody looks at the clock for each datagram, so that ``heard_at`` may be late by one sweep.
+        """
+        carried = self.carried
+        packets = carried.packets_in + carried.packets_out
+        if packets != self._packets:
+            self._packets = packets
+            self.heard_at = now
+
+    def heard_in(self) -> int:
+        """Return the round of the poller in which something was heard of it last."""
+        return max(self._asked_in, self._answered_in)
+
     def is_stream(self) -> bool:
-        return self._replied and self.heard_at - self._born_at > STREAM_SECONDS
+        return self._has_replied() and self.heard_at - self._born_at > STREAM_SECONDS
+
+    def _has_replied(self) -> bool:
+        return self._replied or self.carried.packets_out > 0
 
     def send(self, data: bytes) -> bool:
         """Pass a datagram on; False, and the flow is closed, if its backend takes none."""
-        self.heard()
         try:
             self._far.send(data)
-            self._asked(1, len(data))
         except BlockingIOError:
-            pass  # the queue is full: UDP loses it, as a network would
+            return True  # the queue is full: UDP loses it, as a network would
         except OSError as error:
-            if error.errno != EMSGSIZE:  # that is about this datagram only
-                self.close()
-                return False
+            if error.errno == EMSGSIZE:  # that is about this datagram only
+                return True
+            self.close()
+            return False
+        carried, rounds = self.carried, self._poller.rounds
+        carried.packets_in += 1
+        carried.bytes_in += len(data)
+        if rounds == self._asked_in:
+            self._thicken()
+        self._asked_in = rounds
         return True
 
+    def replace(self, data: bytes) -> None:
+        """Have another backend take what this one has refused."""
+        self._front.begin(data, self._key, {self.backend})
+
     def close(self) -> None:
-        if self._front.flows.pop(self._key, None) is None:
+        if not self._front.forget(self._key):
             return
         for sock in (self._far, self._near):
             if sock is not None:
@@ -196,14 +232,17 @@ class Flow:
     def given(self) -> GivenFlow:
         """Let go of it, for another process."""
         front, now = self._front, self._front.relay.loop.time()
-        del front.flows[self._key]
+        front.forget(self._key)
+        self.notice(now)
         for sock in (self._far, self._near):
             if sock is not None:
                 front.relay.poller.discard(sock.fileno())
         self._over()
         ages = now - self._born_at, now - self.heard_at
         client, local = self._key[0], Address(*front.local(self._key))
-        return GivenFlow(client, local, self.backend, self._replied, ages, self._far, self._near)
+        return GivenFlow(
+            client, local, self.backend, self._has_replied(), ages, self._far, self._near
+        )
 
     def resume(self, given: GivenFlow) -> None:
         """Go on as the flow was that another process has given."""
@@ -224,10 +263,9 @@ class Flow:
 
     def ready(self, _events: int) -> None:
         """Pass on a reply; all there are if they come thick."""
-        rounds = self._front.relay.poller.rounds
-        at_once = DATAGRAMS_AT_ONCE if rounds == self._round + 1 else 1
-        self._round = rounds
-        self.replied()
+        rounds, carried = self._poller.rounds, self.carried
+        at_once = DATAGRAMS_AT_ONCE if rounds == self._answered_in + 1 else 1
+        self._answered_in = rounds
         for count in range(at_once):
             try:
                 data = self._far.recv(LARGEST)
@@ -236,27 +274,23 @@ class Flow:
             except OSError:  # port unreachable: the next datagram may find another backend
                 self.close()
                 return
-            self._answered(1, len(data))
+            carried.packets_out += 1
+            carried.bytes_out += len(data)
             self._front.reply(data, self._key)
             if count:
-                self.thicken()
+                self._thicken()
 
     def _asked(self, count: int, size: int) -> None:
+        self._asked_in = self._poller.rounds
         self.carried.packets_in += count
         self.carried.bytes_in += size
 
     def _answered(self, count: int, size: int) -> None:
+        self._answered_in = self._poller.rounds
         self.carried.packets_out += count
         self.carried.bytes_out += size
 
-    def heard(self) -> None:
-        self.heard_at = self._front.relay.loop.time()
-
-    def replied(self) -> None:
-        self._replied = True
-        self.heard()
-
-    def thicken(self) -> None:
+    def _thicken(self) -> None:
         """Take note that a datagram came close after another; many are worth a socket."""
         self._thick += 1
         if self._thick == THICK and self._front.relay.may_have_socket():
@@ -272,15 +306,15 @@ class Flow:
         self._near = near
         for data, peer in strays(near):
             front.pass_on(data, (peer, key[1]))
-        if key in front.flows:  # else one of them was refused
+        if front.flows.get(key) is self:  # else one of them was refused
             self._join(near)
 
     def _join(self, near: SocketType) -> None:
         """Move datagrams between both sockets from now on."""
         self._near, relay = near, self._front.relay
         poller, batch, refused = relay.poller, relay.batch, self._refused
-        there = Way(poller, batch, near, self._far, self.heard, refused, self._asked)
-        back = Way(poller, batch, self._far, near, self.replied, refused, self._answered)
+        there = Way(poller, batch, near, self._far, refused, self._asked)
+        back = Way(poller, batch, self._far, near, refused, self._answered)
         poller.add(near.fileno(), IN, there)
         poller.lead(self._far.fileno(), back)
 

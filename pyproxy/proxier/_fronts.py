@@ -254,7 +254,9 @@ class Fronts:
             return
         self.sockets.append(door.tcp)
         listen(self._tcp, door.tcp, self)
-        self._datagrams[door] = Datagrams(self._udp.poller, door.udp, self.udp_front)
+        self._datagrams[door] = Datagrams(
+            self._udp.poller, door.udp, self._udp.taken, self.udp_front
+        )
 
     def leave_to_others(self, door: Shared) -> None:
         """Let nobody in by a pair of shared sockets any more: another process does."""

@@ -26,13 +26,12 @@ BUFFER = memoryview(bytearray(LARGEST))  # nothing stays in it: one thread, no w
 class Way:
     """One direction of a flow.
 
-    ``heard`` is called when something comes, ``refused`` when a socket has an error to tell.
+    ``refused`` is called when a socket has an error to tell.
     """
 
     __slots__ = (
         "_batch",
         "_count",
-        "_heard",
         "_poller",
         "_refused",
         "_round",
@@ -48,7 +47,6 @@ class Way:
         batch: Batch,
         source: SocketType,
         sink: SocketType,
-        heard: Callable[[], None],
         refused: Callable[[SocketType], None],
         count: Callable[[int, int], None],
     ) -> None:
@@ -57,7 +55,6 @@ class Way:
         self._batch = batch
         self._source = source
         self._sink = sink
-        self._heard = heard
         self._refused = refused
         self._count = count
         self._round = 0
@@ -66,7 +63,6 @@ class Way:
 
     def ready(self, _events: int) -> None:
         """Move one datagram, or a batch of them once they come thick."""
-        self._heard()
         is_thick = self._thick >= THICK
         try:
             count = self._receive(in_batch=is_thick)

@@ -8,7 +8,7 @@ from socket import SocketType
 from pyproxy.balancer import NOBODY, Picker
 from pyproxy.host import EXHAUSTED
 from pyproxy.model import Address, Forward
-from pyproxy.proxier._datagrams import Key, Peer, Requests, ancillary, own_number
+from pyproxy.proxier._datagrams import Key, Requests, ancillary, own_number
 from pyproxy.proxier._flow import Flow, UdpRelay
 from pyproxy.proxier._given import GivenFlow
 from pyproxy.proxier._meter import Meter
@@ -44,7 +44,9 @@ class UdpFront:
         self._answering: list[socket.socket] = []  # for datagrams that came by a shared socket
         for sock in self.sockets:
             relay.poller.add(
-                sock.fileno(), IN, Requests(relay.poller, sock, self.received, wildcard=wildcard)
+                sock.fileno(),
+                IN,
+                Requests(relay.poller, sock, self.flows, self._took, wildcard=wildcard),
             )
 
     def update(self, listener: Listener, picker: Picker) -> None:
@@ -90,9 +92,10 @@ class UdpFront:
             given.close()
             return
         key = (given.client, local)
-        if key in self.flows:  # it has begun anew meanwhile
-            self.flows[key].close()
-        flow = self.flows[key] = Flow(self, key, given.far, given.backend)
+        anew = self.flows.get(key) or self.relay.taken.get(key)
+        if anew is not None:  # it has begun again meanwhile
+            anew.close()
+        flow = Flow(self, key, given.far, given.backend)
         self.relay.observe("forwarded")
         flow.resume(given)
 
@@ -134,18 +137,15 @@ class UdpFront:
         except OSError as error:
             log.debug("reply lost", extra={"client": peer[0], "error": str(error)})
 
-    def received(self, data: bytes, key: Key, sock: socket.socket, *, thick: bool) -> None:
-        """Take a datagram that came in by ``sock``; ``thick`` if another came just before."""
+    def _took(self, data: bytes, key: Key, sock: socket.socket) -> None:
+        """Begin a flow with a datagram that came in by ``sock``."""
         self._by_local[key[1]] = sock
-        flow = self.pass_on(data, key)
-        if thick and flow is not None:
-            flow.thicken()
+        self.begin(data, key)
 
-    def take(self, data: bytes, peer: Peer, local: bytes, *, thick: bool) -> None:
-        """Take a datagram that came by a shared socket, to our address and port ``local``."""
-        sock = self._by_local.get(local) or self._answering_at(local)
-        if sock is not None:
-            self.received(data, (peer, local), sock, thick=thick)
+    def take(self, data: bytes, key: Key) -> None:
+        """Begin a flow with a datagram that came by a shared socket."""
+        if key[1] in self._by_local or self._answering_at(key[1]) is not None:
+            self.begin(data, key)
 
     def _answering_at(self, local: bytes) -> socket.socket | None:
         """Return a new socket that answers from our address and port ``local``."""
@@ -159,14 +159,34 @@ class UdpFront:
         self._by_local[local] = sock
         return sock
 
-    def pass_on(self, data: bytes, key: Key) -> Flow | None:
-        """Send to the backend of the flow. If that has refused an earlier datagram, to another."""
-        flow = self.flows.get(key) or self._flow(key)
-        if flow is not None and not flow.send(data):
-            flow = self._flow(key, avoid={flow.backend})
-            if flow is not None:
-                flow.send(data)
-        return flow
+    def pass_on(self, data: bytes, key: Key) -> None:
+        """Send to the backend of a flow, which may begin with it."""
+        flow = self.flows.get(key)
+        if flow is None:
+            self.begin(data, key)
+        elif not flow.send(data):
+            flow.replace(data)
+
+    def begin(self, data: bytes, key: Key, avoid: Collection[Address] = NOBODY) -> None:
+        """Begin a flow with a datagram, or anew if there are backends to avoid.
+
+        If the backend refuses it, another is tried, and then no more.
+        """
+        flow = self._flow(key, avoid)
+        if flow is not None and not flow.send(data) and not avoid:
+            flow.replace(data)
+
+    def know(self, key: Key, flow: Flow) -> None:
+        """Have the datagrams of this client be those of a flow."""
+        self.flows[key] = flow
+        if not self.sockets:
+            self.relay.taken[key] = flow
+
+    def forget(self, key: Key) -> bool:
+        """Have them be nobody's; say whether they were somebody's."""
+        if not self.sockets:
+            self.relay.taken.pop(key, None)
+        return self.flows.pop(key, None) is not None
 
     def _admits(self, flow: Flow) -> bool:
         if not flow.has_own_socket:
@@ -174,7 +194,7 @@ class UdpFront:
         action = action_for(self.listener.route, flow.client_ip, self.relay.surroundings())
         return isinstance(action, Forward)
 
-    def _flow(self, key: Key, avoid: Collection[Address] = NOBODY) -> Flow | None:
+    def _flow(self, key: Key, avoid: Collection[Address]) -> Flow | None:
         peer, _local = key
         action = action_for(self.listener.route, peer[0], self.relay.surroundings())
         if not isinstance(action, Forward):
@@ -186,9 +206,8 @@ class UdpFront:
             self.relay.observe("dial_failed")
             return None
         self.relay.shortage.passed(now)
-        flow = self.flows[key] = Flow(self, key, sock, backend)
         self.relay.observe("forwarded")
-        return flow
+        return Flow(self, key, sock, backend)
 
     def _guise(self, ip: str, action: Forward, backend: Address) -> Guise | None:
         transparent = self.relay.transparent

@@ -45,9 +45,7 @@ class Flow:
         self.poller = SimpleNamespace(rounds=0)
         self.seen = Counter()
         self.refused = []
-        self.way = Way(
-            self.poller, Batch(), source, sink, lambda: None, self.refused.append, self.count
-        )
+        self.way = Way(self.poller, Batch(), source, sink, self.refused.append, self.count)
 
     def __enter__(self):
         for _ in range(THICK):

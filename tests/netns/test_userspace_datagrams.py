@@ -40,8 +40,8 @@ class Datagrams:
     def _answer(self):
         with suppress(BlockingIOError):
             while True:
-                data, peer = self._sock.recvfrom(65535)
-                self._sock.sendto(self._name + data, peer)
+                data, self.last_peer = self._sock.recvfrom(65535)
+                self._sock.sendto(self._name + data, self.last_peer)
 
 
 @families
@@ -125,3 +125,19 @@ async def test_flows_leave_file_descriptors_for_connections(monkeypatch):
             for _ in range(200):
                 assert await node.ask_udp(node.vip(1), 53) == b"?"
             assert 32 < node.frontends._plane.udp.open_count <= 80
+
+
+async def test_of_too_many_flows_those_go_that_were_silent_longest(monkeypatch):
+    monkeypatch.setattr(_flow, "FLOW_SHARE", resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 64)
+    with Datagrams(4) as backend:
+        async with proxied(4) as node:
+            await node.service("dns", 1, port=53, proto="UDP")
+            await node.endpoints("dns", backend.address, proto="UDP")
+            with udp_client(node.vip(1), 53) as client:
+                flows = set()
+                for number in range(200):
+                    assert await node.ask_udp(node.vip(1), 53) == b"?"
+                    if number % 20 == 0:
+                        assert await node.ask_udp("", 0, sock=client) == b"?"
+                        flows.add(backend.last_peer)
+                assert len(flows) == 1
