@@ -19,12 +19,9 @@ Key = tuple[Peer, bytes]  # the client, and the address it wrote to, packed
 
 
 class Flow(Protocol):
-    """Has a backend, and takes the datagrams that are for it."""
+    """Takes the datagrams of one client for one address."""
 
-    def send(self, data: bytes, /) -> bool: ...
-
-    def replace(self, data: bytes, /) -> None:
-        """Have another backend take what this one has refused."""
+    def pass_on(self, data: bytes, /) -> None: ...
 
 
 class Taker(Protocol):
@@ -60,8 +57,8 @@ class Reader:
             flow = self._flows.get(key)
             if flow is None:
                 self._begin(data, key)
-            elif not flow.send(data):
-                flow.replace(data)
+            else:
+                flow.pass_on(data)
 
     def _received(self) -> tuple[bytes, Key]:
         raise NotImplementedError

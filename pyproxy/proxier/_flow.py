@@ -209,17 +209,16 @@ class Flow:
                 return True
             self.close()
             return False
-        carried, rounds = self.carried, self._poller.rounds
-        carried.packets_in += 1
-        carried.bytes_in += len(data)
-        if rounds == self._asked_in:
+        came_close = self._asked_in == self._poller.rounds
+        self._asked(1, len(data))
+        if came_close:
             self._thicken()
-        self._asked_in = rounds
         return True
 
-    def replace(self, data: bytes) -> None:
-        """Have another backend take what this one has refused."""
-        self._front.begin(data, self._key, {self.backend})
+    def pass_on(self, data: bytes) -> None:
+        """Pass a datagram on; if the backend takes none, begin anew with another."""
+        if not self.send(data):
+            self._front.begin(data, self._key, {self.backend})
 
     def close(self) -> None:
         if not self._front.forget(self._key):
@@ -263,9 +262,7 @@ class Flow:
 
     def ready(self, _events: int) -> None:
         """Pass on a reply; all there are if they come thick."""
-        rounds, carried = self._poller.rounds, self.carried
-        at_once = DATAGRAMS_AT_ONCE if rounds == self._answered_in + 1 else 1
-        self._answered_in = rounds
+        at_once = DATAGRAMS_AT_ONCE if self._poller.rounds == self._answered_in + 1 else 1
         for count in range(at_once):
             try:
                 data = self._far.recv(LARGEST)
@@ -274,8 +271,7 @@ class Flow:
             except OSError:  # port unreachable: the next datagram may find another backend
                 self.close()
                 return
-            carried.packets_out += 1
-            carried.bytes_out += len(data)
+            self._answered(1, len(data))
             self._front.reply(data, self._key)
             if count:
                 self._thicken()

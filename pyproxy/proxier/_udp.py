@@ -164,8 +164,8 @@ class UdpFront:
         flow = self.flows.get(key)
         if flow is None:
             self.begin(data, key)
-        elif not flow.send(data):
-            flow.replace(data)
+        else:
+            flow.pass_on(data)
 
     def begin(self, data: bytes, key: Key, avoid: Collection[Address] = NOBODY) -> None:
         """Begin a flow with a datagram, or anew if there are backends to avoid.
@@ -173,8 +173,12 @@ class UdpFront:
         If the backend refuses it, another is tried, and then no more.
         """
         flow = self._flow(key, avoid)
-        if flow is not None and not flow.send(data) and not avoid:
-            flow.replace(data)
+        if flow is None:
+            return
+        if avoid:
+            flow.send(data)
+        else:
+            flow.pass_on(data)
 
     def know(self, key: Key, flow: Flow) -> None:
         """Have the datagrams of this client be those of a flow."""

@@ -4,7 +4,7 @@ import asyncio
 import os
 import resource
 import socket
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 
 import pytest
 
@@ -116,28 +116,31 @@ async def test_a_datagram_after_a_refusal_finds_another_backend():
                 client.close()
 
 
-async def test_flows_leave_file_descriptors_for_connections(monkeypatch):
+@asynccontextmanager
+async def room_for_64_flows(monkeypatch):
+    """Give a node with Service dns, and the Service's backend."""
     monkeypatch.setattr(_flow, "FLOW_SHARE", resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 64)
     with Datagrams(4) as backend:
         async with proxied(4) as node:
             await node.service("dns", 1, port=53, proto="UDP")
             await node.endpoints("dns", backend.address, proto="UDP")
-            for _ in range(200):
-                assert await node.ask_udp(node.vip(1), 53) == b"?"
-            assert 32 < node.frontends._plane.udp.open_count <= 80
+            yield node, backend
+
+
+async def test_flows_leave_file_descriptors_for_connections(monkeypatch):
+    async with room_for_64_flows(monkeypatch) as (node, _backend):
+        for _ in range(200):
+            assert await node.ask_udp(node.vip(1), 53) == b"?"
+        assert 32 < node.frontends._plane.udp.open_count <= 80
 
 
 async def test_of_too_many_flows_those_go_that_were_silent_longest(monkeypatch):
-    monkeypatch.setattr(_flow, "FLOW_SHARE", resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 64)
-    with Datagrams(4) as backend:
-        async with proxied(4) as node:
-            await node.service("dns", 1, port=53, proto="UDP")
-            await node.endpoints("dns", backend.address, proto="UDP")
-            with udp_client(node.vip(1), 53) as client:
-                flows = set()
-                for number in range(200):
-                    assert await node.ask_udp(node.vip(1), 53) == b"?"
-                    if number % 20 == 0:
-                        assert await node.ask_udp("", 0, sock=client) == b"?"
-                        flows.add(backend.last_peer)
-                assert len(flows) == 1
+    async with room_for_64_flows(monkeypatch) as (node, backend):
+        with udp_client(node.vip(1), 53) as client:
+            flows = set()
+            for number in range(200):
+                assert await node.ask_udp(node.vip(1), 53) == b"?"
+                if number % 20 == 0:
+                    assert await node.ask_udp("", 0, sock=client) == b"?"
+                    flows.add(backend.last_peer)
+            assert len(flows) == 1
